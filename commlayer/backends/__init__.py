@@ -1,0 +1,1 @@
+"""Transports, one module each, imported only when chosen."""

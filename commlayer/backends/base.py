@@ -1,0 +1,119 @@
+"""The contract of a transport, and of everything that behaves like one.
+
+All of it works on *flat* tensors: one-dimensional, contiguous, on the communicator's device. ``out`` is
+written, ``x`` is read and left alone. ``counts`` are elements per rank; None means equal shares.
+Every call returns a ``Work`` at once; ranks are group-local.
+
+The planner implements the same protocol on top of a transport, so a fallback cannot tell whether what it
+calls is native or emulated in turn.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from commlayer.reduce_op import ReduceOp
+from commlayer.work import Work
+
+# Tags below belong to users (MPI guarantees no more than 32767); the layer's own messages use those above.
+INTERNAL_TAG = 1 << 15
+
+Counts = Sequence[int] | None
+Message = tuple[torch.Tensor, int]  # what, and to or from which rank
+
+
+class Collectives(Protocol):
+    """The flat operations."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def all_reduce(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp) -> Work:
+        """``out`` may be ``x`` itself, and nothing in between."""
+
+    def reduce(self, out: torch.Tensor | None, x: torch.Tensor, op: ReduceOp, dst: int) -> Work:
+        """``out`` is None off ``dst``."""
+
+    def broadcast(self, x: torch.Tensor, src: int) -> Work:
+        """In place: ``x`` is read on ``src`` and written elsewhere."""
+
+    def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work: ...
+
+    def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work: ...
+
+    def all_to_all(self, out: torch.Tensor, x: torch.Tensor, out_counts: Counts, in_counts: Counts) -> Work:
+        """Either both counts are given or neither is."""
+
+    def gather(self, out: torch.Tensor | None, x: torch.Tensor, dst: int, counts: Counts) -> Work:
+        """``out`` is None off ``dst``; ``counts`` are known everywhere."""
+
+    def scatter(self, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts) -> Work:
+        """``x`` is None off ``src``; ``counts`` are known everywhere."""
+
+    def send(self, x: torch.Tensor, dst: int, tag: int) -> Work: ...
+
+    def recv(self, x: torch.Tensor, src: int, tag: int) -> Work: ...
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], tag: int) -> Work:
+        """Messages that may all be under way at once, in either direction, without deadlock."""
+
+    def barrier(self) -> Work: ...
+
+    def post(self, x: torch.Tensor, dst: int, tag: int) -> Work:
+        """Send through the control channel: slow, but it exists on every backend."""
+
+    def fetch(self, x: torch.Tensor, src: int, tag: int) -> Work:
+        """Receive what ``post`` sent."""
+
+
+class Communicator(ABC, Collectives):
+    """A transport's ordered set of ranks. Subclasses bring what their transport has.
+
+    What a transport lacks stays unimplemented: its capability set says so, and the planner never calls it.
+    """
+
+    name: str
+    device: torch.device
+    rank: int
+    size: int
+    timeout: float
+
+    @abstractmethod
+    def subgroup(self, ranks: Sequence[int]) -> Communicator:
+        """A communicator of these group-local ranks, in this order; called by its members only."""
+
+    @abstractmethod
+    def share(self, value: bytes) -> list[bytes]:
+        """Every rank's value, through the control channel."""
+
+    def version(self) -> str:
+        """What exactly this is, for people and for caches."""
+        return ""
+
+    def abort(self, reason: BaseException) -> None:
+        """Tell peers that this rank cannot go on, where the transport can. Does not block."""
+        return None
+
+    def close(self) -> None:
+        """Release what this communicator holds. Does not wait for other ranks without limit."""
+        return None
+
+
+def offsets(counts: Sequence[int]) -> list[int]:
+    """Where each rank's share begins, and, last, where all end."""
+    result = [0]
+    for count in counts:
+        result.append(result[-1] + count)
+    return result
+
+
+def pieces(x: torch.Tensor, counts: Counts, size: int) -> list[torch.Tensor]:
+    """Views of each rank's share of a flat tensor."""
+    if counts is None:
+        counts = [x.numel() // size] * size
+    return list(x.split(list(counts)))

@@ -1,0 +1,281 @@
+"""MPI through mpi4py, with no copy of CPU tensors.
+
+Every request is nonblocking inside: blocking and nonblocking collectives may not match each other across
+ranks (MPI 4.1, section 6.12), and only a request that is tested can have a deadline.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from commlayer.arithmetic import premultiplied
+from commlayer.backends.base import INTERNAL_TAG, Communicator, Counts, Message, offsets
+from commlayer.errors import BackendUnavailable, CommError, CommTimeout
+from commlayer.reduce_op import ReduceOp
+from commlayer.work import Work, gather_works
+
+try:
+    from mpi4py import MPI
+except ImportError as error:  # also raised when mpi4py finds no MPI library
+    raise BackendUnavailable(
+        f"backend mpi: mpi4py cannot be imported ({error}); pip install 'commlayer[mpi]' brings it with MPICH, "
+        "on a cluster build it against the site's MPI: pip install --no-binary mpi4py mpi4py"
+    ) from error
+
+# What MPI has a datatype for. bfloat16 is a null datatype, which aborts the process when it is passed; bool
+# knows logical operations only. Both are absent from the capability set, so the planner lowers them.
+DATATYPES = {
+    torch.uint8: MPI.UINT8_T,
+    torch.int8: MPI.INT8_T,
+    torch.int16: MPI.INT16_T,
+    torch.int32: MPI.INT32_T,
+    torch.int64: MPI.INT64_T,
+    torch.uint16: MPI.UINT16_T,
+    torch.uint32: MPI.UINT32_T,
+    torch.uint64: MPI.UINT64_T,
+    torch.float32: MPI.FLOAT,
+    torch.float64: MPI.DOUBLE,
+    torch.complex64: MPI.C_FLOAT_COMPLEX,
+    torch.complex128: MPI.C_DOUBLE_COMPLEX,
+}
+OPERATIONS = {
+    "sum": MPI.SUM,
+    "product": MPI.PROD,
+    "min": MPI.MIN,
+    "max": MPI.MAX,
+    "band": MPI.BAND,
+    "bor": MPI.BOR,
+    "bxor": MPI.BXOR,
+}
+
+# On the duplicate communicator, above the layer's own tags. MPI promises tags up to 32767 only, but every
+# implementation of today has at least 2**20.
+CONTROL_TAG = 1 << 17
+
+_address = MPI.buffer.fromaddress
+
+# A sleep this short lasts about 60 microseconds on Linux (the timer's slack), and grows to the longest.
+_SHORTEST_SLEEP, _LONGEST_SLEEP = 1e-6, 1e-4
+
+
+class Pending(Work):
+    """An MPI request. It holds the tensors, since MPI reads and writes them until it is complete."""
+
+    __slots__ = ("_comm", "_finished", "_request", "_tensors", "_test", "_what")
+
+    def __init__(self, comm: MpiCommunicator, request: Any, what: str, *tensors: torch.Tensor | None) -> None:
+        self.result = None
+        self._comm = comm
+        self._request = request
+        self._test = request.Test
+        self._what = what
+        self._tensors: tuple[torch.Tensor | None, ...] = tensors
+        self._finished = False
+
+    def done(self) -> bool:
+        if not self._finished and self._test():
+            self._finished, self._tensors = True, ()
+        return self._finished
+
+    def wait(self, timeout: float | None = None) -> Any:
+        if not self._finished:
+            if not self._test():
+                self._poll(self._comm.timeout if timeout is None else timeout)
+            self._finished, self._tensors = True, ()
+        return self.result
+
+    def _poll(self, timeout: float) -> None:
+        # Spin first, since most requests end within microseconds; then sleep between tests, since a
+        # spinning rank keeps the very peer it waits for off the core. sched_yield would not help: launchers
+        # give each rank its own session, and the kernel schedules sessions against each other.
+        test, now = self._test, time.perf_counter
+        start = now()
+        spin_end = start + self._comm.spin
+        while now() < spin_end:
+            if test():
+                return
+        pause = _SHORTEST_SLEEP
+        while not test():
+            if now() - start > timeout:
+                _abandoned.append(self)
+                raise CommTimeout(
+                    f"{self._what} on rank {self._comm.rank} of {self._comm.size}: not finished after {timeout:g} s"
+                )
+            time.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_SLEEP)
+
+    def __del__(self) -> None:
+        # Dropped without wait(): MPI may still write into the tensors, so they stay alive with the request.
+        if not getattr(self, "_finished", True) and not MPI.Is_finalized() and not self._test():
+            _abandoned.append((self._request, self._tensors))
+
+
+_abandoned: list[Any] = []
+
+
+class MpiCommunicator(Communicator):
+    """Ranks of an MPI communicator. The layer's own messages travel on a duplicate, apart from users'."""
+
+    name = "mpi"
+    device = torch.device("cpu")
+
+    def __init__(self, comm: MPI.Comm, timeout: float) -> None:
+        self._comm = comm
+        self._own = comm.Dup()
+        self.rank = comm.rank
+        self.size = comm.size
+        self.timeout = timeout
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        cores = set().union(*node.allgather(os.sched_getaffinity(0)))
+        self.spin = 1e-3 if node.size <= len(cores) else 20e-6
+        node.Free()
+
+    def version(self) -> str:
+        return MPI.Get_library_version().split("\n")[0].strip("\0 ")
+
+    def all_reduce(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp) -> Work:
+        datatype, count = DATATYPES[x.dtype], x.numel()
+        target = out.data_ptr()
+        scaled = x if op.factor is None else premultiplied(x, op)
+        source = scaled.data_ptr()
+        send = MPI.IN_PLACE if source == target else (_address(source, x.nbytes), count, datatype)
+        receive = (_address(target, out.nbytes), count, datatype)
+        request = self._comm.Iallreduce(send, receive, OPERATIONS[op.name])
+        return Pending(self, request, "all_reduce", out, scaled)
+
+    def reduce(self, out: torch.Tensor | None, x: torch.Tensor, op: ReduceOp, dst: int) -> Work:
+        receive = None if out is None else _buffer(out)
+        return Pending(self, self._comm.Ireduce(_buffer(x), receive, OPERATIONS[op.name], dst), "reduce", out, x)
+
+    def broadcast(self, x: torch.Tensor, src: int) -> Work:
+        return Pending(self, self._comm.Ibcast(_buffer(x), src), "broadcast", x)
+
+    def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work:
+        if counts is None:
+            request = self._comm.Iallgather(_buffer(x), _buffer(out))
+        else:
+            request = self._comm.Iallgatherv(_buffer(x), _shares(out, counts))
+        return Pending(self, request, "all_gather", out, x)
+
+    def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work:
+        operation = OPERATIONS[op.name]
+        if counts is None:
+            request = self._comm.Ireduce_scatter_block(_buffer(x), _buffer(out), operation)
+        else:
+            request = self._comm.Ireduce_scatter(_buffer(x), _buffer(out), list(counts), operation)
+        return Pending(self, request, "reduce_scatter", out, x)
+
+    def all_to_all(self, out: torch.Tensor, x: torch.Tensor, out_counts: Counts, in_counts: Counts) -> Work:
+        if in_counts is None or out_counts is None:
+            request = self._comm.Ialltoall(_buffer(x), _buffer(out))
+        else:
+            request = self._comm.Ialltoallv(_shares(x, in_counts), _shares(out, out_counts))
+        return Pending(self, request, "all_to_all", out, x)
+
+    def gather(self, out: torch.Tensor | None, x: torch.Tensor, dst: int, counts: Counts) -> Work:
+        if counts is None:
+            request = self._comm.Igather(_buffer(x), None if out is None else _buffer(out), dst)
+        else:
+            request = self._comm.Igatherv(_buffer(x), None if out is None else _shares(out, counts), dst)
+        return Pending(self, request, "gather", out, x)
+
+    def scatter(self, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts) -> Work:
+        if counts is None:
+            request = self._comm.Iscatter(None if x is None else _buffer(x), _buffer(out), src)
+        else:
+            request = self._comm.Iscatterv(None if x is None else _shares(x, counts), _buffer(out), src)
+        return Pending(self, request, "scatter", out, x)
+
+    def send(self, x: torch.Tensor, dst: int, tag: int) -> Work:
+        comm, tag = self._channel(tag)
+        return Pending(self, comm.Isend(_buffer(x), dst, tag), "send", x)
+
+    def recv(self, x: torch.Tensor, src: int, tag: int) -> Work:
+        comm, tag = self._channel(tag)
+        return Pending(self, comm.Irecv(_buffer(x), src, tag), "recv", x)
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], tag: int) -> Work:
+        works = [self.recv(x, src, tag) for x, src in recvs]
+        works += [self.send(x, dst, tag) for x, dst in sends]
+        return gather_works(works)
+
+    def post(self, x: torch.Tensor, dst: int, tag: int) -> Work:
+        # MPI is its own control channel: the duplicate communicator, with tags of its own, as plain bytes.
+        return Pending(self, self._own.Isend(_bytes(x), dst, CONTROL_TAG + tag), "post", x)
+
+    def fetch(self, x: torch.Tensor, src: int, tag: int) -> Work:
+        return Pending(self, self._own.Irecv(_bytes(x), src, CONTROL_TAG + tag), "fetch", x)
+
+    def barrier(self) -> Work:
+        return Pending(self, self._comm.Ibarrier(), "barrier")
+
+    def share(self, value: bytes) -> list[bytes]:
+        mine = torch.frombuffer(bytearray(value or b"\0"), dtype=torch.uint8)
+        sizes = torch.empty(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(value)
+        Pending(self, self._own.Iallgather(MPI.IN_PLACE, _buffer(sizes)), "share", sizes).wait()
+        counts = [max(size, 1) for size in sizes.tolist()]
+        everything = torch.empty(sum(counts), dtype=torch.uint8)
+        Pending(self, self._own.Iallgatherv(_buffer(mine), _shares(everything, counts)), "share", mine).wait()
+        rows = everything.split(counts)
+        return [row.numpy().tobytes()[:size] for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+    def subgroup(self, ranks: Sequence[int]) -> MpiCommunicator:
+        group = self._comm.Get_group().Incl(list(ranks))
+        comm = self._comm.Create_group(group, tag=0)
+        group.Free()
+        return MpiCommunicator(comm, self.timeout)
+
+    def _channel(self, tag: int) -> tuple[MPI.Comm, int]:
+        return (self._comm, tag) if tag < INTERNAL_TAG else (self._own, tag - INTERNAL_TAG)
+
+    def abort(self, reason: BaseException) -> None:
+        self._comm.Abort(1)
+
+    def close(self) -> None:
+        if not MPI.Is_finalized() and not _abandoned:
+            self._own.Free()
+            if self._comm != MPI.COMM_WORLD:
+                self._comm.Free()
+
+
+def world(timeout: float) -> MpiCommunicator:
+    """All ranks the MPI launcher started, on a communicator of the layer's own."""
+    return _translated(lambda: MpiCommunicator(MPI.COMM_WORLD.Dup(), timeout))
+
+
+def broadcast_object(value: Any, src: int = 0) -> Any:
+    """For bootstrapping other backends from an MPI launcher, before there is a communicator."""
+    return MPI.COMM_WORLD.bcast(value, src)
+
+
+def place() -> tuple[int, int]:
+    """(rank, size), for launchers that do not say."""
+    return MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+
+
+def _translated(action: Callable[[], MpiCommunicator]) -> MpiCommunicator:
+    try:
+        return action()
+    except MPI.Exception as error:
+        raise CommError(f"backend mpi: {error}") from error
+
+
+def _buffer(x: torch.Tensor) -> tuple[Any, int, Any]:
+    return _address(x.data_ptr(), x.nbytes), x.numel(), DATATYPES[x.dtype]
+
+
+def _bytes(x: torch.Tensor) -> tuple[Any, int, Any]:
+    return _address(x.data_ptr(), x.nbytes), x.nbytes, MPI.BYTE
+
+
+def _shares(x: torch.Tensor, counts: Sequence[int]) -> tuple[Any, Any, Any]:
+    place = (list(counts), offsets(counts)[:-1])
+    return _address(x.data_ptr(), x.nbytes), place, DATATYPES[x.dtype]
+
+

@@ -1,0 +1,297 @@
+"""Ranks as threads of one process: for notebooks, doctests and fast tests.
+
+The ranks of a group meet in a shared ``Room``. A collective is computed by whoever arrives last, from
+everybody's arguments, so nothing is copied twice and differing calls are noticed at once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from commlayer.arithmetic import combine, premultiplied
+from commlayer.backends.base import Communicator, Counts, Message, pieces
+from commlayer.errors import CollectiveMismatch, CommTimeout, PeerLost
+from commlayer.reduce_op import ReduceOp
+from commlayer.work import Work, gather_works
+
+# Moves or reduces: (arguments of every rank in rank order) -> None.
+Compute = Callable[[list[Any]], None]
+
+
+class World:
+    """What all threads of one ``run_local`` share: one lock, and whether a rank has failed."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.failure: tuple[int, BaseException] | None = None
+
+    def fail(self, rank: int, error: BaseException) -> None:
+        with self.changed:
+            if self.failure is None:
+                self.failure = (rank, error)
+            self.changed.notify_all()
+
+    def wait_for(self, ready: Callable[[], bool], timeout: float, what: str) -> None:
+        """Block until ``ready``; the caller holds the lock."""
+        end = time.monotonic() + timeout
+        while not ready():
+            if self.failure is not None:
+                rank, error = self.failure
+                raise PeerLost(f"{what}: rank {rank} raised {type(error).__name__}: {error}")
+            left = end - time.monotonic()
+            if left <= 0:
+                raise CommTimeout(f"{what}: not finished after {timeout:g} s")
+            self.changed.wait(left)
+
+
+class Room:
+    """Where the ranks of one group meet."""
+
+    def __init__(self, world: World, ranks: tuple[int, ...]) -> None:
+        self.world = world
+        self.ranks = ranks
+        self.meetings: dict[int, Meeting] = {}
+        # Letters are numbered per (src, dst, tag), so that they match receives in the order of posting.
+        self.mail: dict[tuple[int, int, int, int], torch.Tensor] = {}
+        self.sent: Counter[tuple[int, int, int]] = Counter()
+        self.asked: Counter[tuple[int, int, int]] = Counter()
+        self.children: dict[tuple[int, ...], Room] = {}
+
+
+class Meeting:
+    """One collective call: the arguments brought so far, and how it ended."""
+
+    def __init__(self, key: tuple[Any, ...]) -> None:
+        self.key = key
+        self.arguments: dict[int, Any] = {}
+        self.finished = False
+        self.error: Exception | None = None
+
+
+class _Arrived(Work):
+    __slots__ = ("_meeting", "_timeout", "_world")
+
+    def __init__(self, world: World, meeting: Meeting, timeout: float) -> None:
+        super().__init__()
+        self._world, self._meeting, self._timeout = world, meeting, timeout
+
+    def done(self) -> bool:
+        return self._meeting.finished
+
+    def wait(self, timeout: float | None = None) -> Any:
+        meeting = self._meeting
+        if not meeting.finished:
+            timeout = self._timeout if timeout is None else timeout
+            with self._world.changed:
+                self._world.wait_for(lambda: meeting.finished, timeout, str(meeting.key[0]))
+        if meeting.error is not None:
+            raise meeting.error
+        return self.result
+
+
+class _Letter(Work):
+    __slots__ = ("_key", "_out", "_room", "_taken", "_timeout")
+
+    def __init__(self, room: Room, key: tuple[int, int, int, int], out: torch.Tensor, timeout: float) -> None:
+        super().__init__()
+        self._room, self._key, self._out, self._timeout, self._taken = room, key, out, timeout, False
+
+    def done(self) -> bool:
+        with self._room.world.changed:
+            return self._taken or self._key in self._room.mail
+
+    def wait(self, timeout: float | None = None) -> Any:
+        if self._taken:
+            return None
+        mail, world = self._room.mail, self._room.world
+        with world.changed:
+            timeout = self._timeout if timeout is None else timeout
+            world.wait_for(lambda: self._key in mail, timeout, f"recv from rank {self._key[0]}")
+            letter = mail.pop(self._key)
+        self._taken = True
+        if letter.dtype != self._out.dtype or letter.numel() != self._out.numel():
+            raise CollectiveMismatch(
+                f"recv: expected {self._out.numel()} elements of {self._out.dtype}, "
+                f"rank {self._key[0]} sent {letter.numel()} of {letter.dtype}"
+            )
+        self._out.copy_(letter)
+        return None
+
+
+class Threads(Communicator):
+    """One rank's seat in a room."""
+
+    name = "threads"
+    device = torch.device("cpu")
+
+    def __init__(self, room: Room, rank: int, timeout: float) -> None:
+        self._room = room
+        self.rank = rank
+        self.size = len(room.ranks)
+        self.timeout = timeout
+        self._calls = 0
+        self._children: Counter[tuple[int, ...]] = Counter()
+
+    def _meet(self, key: tuple[Any, ...], argument: Any, compute: Compute) -> Work:
+        number, self._calls = self._calls, self._calls + 1
+        world = self._room.world
+        with world.changed:
+            meeting = self._room.meetings.setdefault(number, Meeting(key))
+            meeting.arguments[self.rank] = argument
+            if meeting.key != key and meeting.error is None:
+                meeting.error = CollectiveMismatch(
+                    f"rank {self.rank} called {key}, another rank called {meeting.key}"
+                )
+            if len(meeting.arguments) == self.size:
+                del self._room.meetings[number]
+                if meeting.error is None:
+                    try:
+                        with torch.no_grad():
+                            compute([meeting.arguments[rank] for rank in range(self.size)])
+                    except (RuntimeError, ValueError) as error:
+                        meeting.error = CollectiveMismatch(f"{key[0]}: arguments do not fit together: {error}")
+                meeting.arguments.clear()
+                meeting.finished = True
+                world.changed.notify_all()
+        return _Arrived(world, meeting, self.timeout)
+
+    def all_reduce(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp) -> Work:
+        def compute(ranks: list[Any]) -> None:
+            total = combine([row for _, row in ranks], op.name)
+            for target, _ in ranks:
+                target.copy_(total)
+
+        return self._meet(("all_reduce", op.name, x.dtype, x.numel()), (out, _scaled(x, op)), compute)
+
+    def reduce(self, out: torch.Tensor | None, x: torch.Tensor, op: ReduceOp, dst: int) -> Work:
+        def compute(ranks: list[Any]) -> None:
+            ranks[dst][0].copy_(combine([row for _, row in ranks], op.name))
+
+        return self._meet(("reduce", op.name, x.dtype, x.numel(), dst), (out, _scaled(x, op)), compute)
+
+    def broadcast(self, x: torch.Tensor, src: int) -> Work:
+        def compute(ranks: list[Any]) -> None:
+            for rank, target in enumerate(ranks):
+                if rank != src:
+                    target.copy_(ranks[src])
+
+        return self._meet(("broadcast", x.dtype, x.numel(), src), x, compute)
+
+    def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work:
+        def compute(ranks: list[Any]) -> None:
+            for target, _ in ranks:
+                for piece, (_, row) in zip(pieces(target, counts, self.size), ranks, strict=True):
+                    piece.copy_(row)
+
+        return self._meet(("all_gather", x.dtype, _tuple(counts)), (out, x), compute)
+
+    def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work:
+        def compute(ranks: list[Any]) -> None:
+            total = combine([row for _, row in ranks], op.name)
+            for (target, _), piece in zip(ranks, pieces(total, counts, self.size), strict=True):
+                target.copy_(piece)
+
+        key = ("reduce_scatter", op.name, x.dtype, x.numel(), _tuple(counts))
+        return self._meet(key, (out, _scaled(x, op)), compute)
+
+    def all_to_all(self, out: torch.Tensor, x: torch.Tensor, out_counts: Counts, in_counts: Counts) -> Work:
+        def compute(ranks: list[Any]) -> None:
+            outgoing = [pieces(row, counts, self.size) for _, row, _, counts in ranks]
+            for rank, (target, _, counts, _) in enumerate(ranks):
+                for src, piece in enumerate(pieces(target, counts, self.size)):
+                    if piece.numel() != outgoing[src][rank].numel():
+                        raise ValueError(
+                            f"rank {src} sends {outgoing[src][rank].numel()} elements to rank {rank}, "
+                            f"which expects {piece.numel()}"
+                        )
+                    piece.copy_(outgoing[src][rank])
+
+        key = ("all_to_all", x.dtype, "even" if in_counts is None else "uneven")
+        return self._meet(key, (out, x, out_counts, in_counts), compute)
+
+    def gather(self, out: torch.Tensor | None, x: torch.Tensor, dst: int, counts: Counts) -> Work:
+        def compute(ranks: list[Any]) -> None:
+            for piece, (_, row) in zip(pieces(ranks[dst][0], counts, self.size), ranks, strict=True):
+                piece.copy_(row)
+
+        return self._meet(("gather", x.dtype, _tuple(counts), dst), (out, x), compute)
+
+    def scatter(self, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts) -> Work:
+        def compute(ranks: list[Any]) -> None:
+            for (target, _), piece in zip(ranks, pieces(ranks[src][1], counts, self.size), strict=True):
+                target.copy_(piece)
+
+        return self._meet(("scatter", out.dtype, _tuple(counts), src), (out, x), compute)
+
+    def send(self, x: torch.Tensor, dst: int, tag: int) -> Work:
+        room, route = self._room, (self.rank, dst, tag)
+        with room.world.changed:
+            room.mail[*route, room.sent[route]] = x.clone()
+            room.sent[route] += 1
+            room.world.changed.notify_all()
+        return Work()
+
+    def recv(self, x: torch.Tensor, src: int, tag: int) -> Work:
+        room, route = self._room, (src, self.rank, tag)
+        with room.world.changed:
+            number = room.asked[route]
+            room.asked[route] += 1
+        return _Letter(room, (*route, number), x, self.timeout)
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], tag: int) -> Work:
+        for x, dst in sends:
+            self.send(x, dst, tag)
+        return gather_works([self.recv(x, src, tag) for x, src in recvs])
+
+    def post(self, x: torch.Tensor, dst: int, tag: int) -> Work:
+        return self.send(x, dst, ~tag)  # negative tags are the control channel's
+
+    def fetch(self, x: torch.Tensor, src: int, tag: int) -> Work:
+        return self.recv(x, src, ~tag)
+
+    def barrier(self) -> Work:
+        return self._meet(("barrier",), None, lambda ranks: None)
+
+    def share(self, value: bytes) -> list[bytes]:
+        result: list[bytes] = []
+
+        def compute(ranks: list[Any]) -> None:
+            everything = [mine for mine, _ in ranks]
+            for _, target in ranks:
+                target.extend(everything)
+
+        self._meet(("share",), (value, result), compute).wait()
+        return result
+
+    def subgroup(self, ranks: Sequence[int]) -> Threads:
+        # Members alone call this, so they meet in a child room, found under its ranks and a count of
+        # how often each member has asked for just these.
+        members = tuple(self._room.ranks[rank] for rank in ranks)
+        with self._room.world.changed:
+            self._children[members] += 1
+            key = (self._children[members], *members)
+            child = self._room.children.setdefault(key, Room(self._room.world, members))
+        return Threads(child, list(ranks).index(self.rank), self.timeout)
+
+    def abort(self, reason: BaseException) -> None:
+        self._room.world.fail(self._room.ranks[self.rank], reason)
+
+
+def new_world(size: int, timeout: float) -> list[Threads]:
+    """The seats of a fresh set of thread ranks."""
+    room = Room(World(), tuple(range(size)))
+    return [Threads(room, rank, timeout) for rank in range(size)]
+
+
+def _scaled(x: torch.Tensor, op: ReduceOp) -> torch.Tensor:
+    return premultiplied(x, op) if op.factor is not None else x
+
+
+def _tuple(counts: Counts) -> tuple[int, ...] | None:
+    return None if counts is None else tuple(counts)

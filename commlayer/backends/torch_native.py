@@ -1,0 +1,316 @@
+"""The process groups of torch.distributed: gloo, nccl, xccl, ccl, and any other that torch knows.
+
+Works on ``ProcessGroup`` methods rather than on ``torch.distributed`` functions: the same calls, without
+the functions' checks and logging.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from commlayer.backends.base import Communicator, Counts, Message, pieces
+from commlayer.errors import BackendUnavailable, CollectiveMismatch, CommError, CommTimeout, PeerLost
+from commlayer.reduce_op import ReduceOp
+from commlayer.work import Work, gather_works
+
+OPERATIONS = {
+    "sum": dist.ReduceOp.SUM,
+    "avg": dist.ReduceOp.AVG,
+    "product": dist.ReduceOp.PRODUCT,
+    "min": dist.ReduceOp.MIN,
+    "max": dist.ReduceOp.MAX,
+    "band": dist.ReduceOp.BAND,
+    "bor": dist.ReduceOp.BOR,
+    "bxor": dist.ReduceOp.BXOR,
+}
+DEVICE_OF = {"gloo": "cpu", "mpi": "cpu", "nccl": "cuda", "xccl": "xpu", "ccl": "xpu"}
+
+# Backends that run a batch of messages as one, and would deadlock on opposite single ones.
+BATCHED = frozenset({"nccl", "xccl", "ccl"})
+
+
+class Native(Work):
+    """A request of torch.distributed, with the tensors it works on."""
+
+    __slots__ = ("_comm", "_tensors", "_what", "_work")
+
+    def __init__(self, comm: TorchCommunicator, work: Any, what: str, *tensors: Any) -> None:
+        self.result = None
+        self._comm, self._work, self._what, self._tensors = comm, work, what, tensors
+
+    def done(self) -> bool:
+        return self._work is None or self._work.is_completed()
+
+    def wait(self, timeout: float | None = None) -> Any:
+        work = self._work
+        if work is not None:
+            try:
+                if timeout is None:
+                    work.wait()
+                else:
+                    work.wait(timedelta(seconds=timeout))
+            except RuntimeError as error:
+                raise self._comm.translated(error, self._what) from error
+            self._work, self._tensors = None, ()
+        return self.result
+
+
+class TorchCommunicator(Communicator):
+    """Ranks of a torch.distributed process group."""
+
+    def __init__(self, group: Any, name: str, device: torch.device, store: Any, timeout: float) -> None:
+        self.group = group
+        self.name = name
+        self.device = device
+        self.rank = group.rank()
+        self.size = group.size()
+        self.timeout = timeout
+        self._store = store
+        self._timedelta = timedelta(seconds=timeout)
+        self._mail: Counter[tuple[int, int, int]] = Counter()
+        self._shared = 0
+        self._children: Counter[tuple[int, ...]] = Counter()
+        self._reduce_options: dict[str, Any] = {}
+
+    def version(self) -> str:
+        if self.name == "nccl":
+            return ".".join(map(str, torch.cuda.nccl.version()))
+        return f"torch {torch.__version__}"
+
+    def translated(self, error: RuntimeError, what: str) -> Exception:
+        """The error of the layer's own tree that says the same."""
+        text, where = str(error), f"{what} on rank {self.rank} of {self.size}"
+        if "imed out" in text or "imeout" in text:
+            return CommTimeout(f"{where}: {text}")
+        if "closed by peer" in text or "reset by peer" in text or "Broken pipe" in text:
+            return PeerLost(f"{where}: {text}")
+        if "size mismatch" in text or "sizes do not match" in text:
+            return CollectiveMismatch(f"{where}: {text}")
+        return CommError(f"{where}: {text}")
+
+    def _start(self, what: str, call: Callable[..., Any], *arguments: Any, keep: Any = ()) -> Work:
+        try:
+            work = call(*arguments)
+        except RuntimeError as error:
+            raise self.translated(error, what) from error
+        return Native(self, work, what, arguments, keep)
+
+    def _operation(self, op: ReduceOp) -> Any:
+        if op.factor is not None:
+            # NCCL takes the factor as a number, or as a tensor of the same dtype on the device.
+            return dist._make_nccl_premul_sum(op.factor)
+        return OPERATIONS[op.name]
+
+    def _options(self, kind: Any, **values: Any) -> Any:
+        options = kind()
+        options.timeout = self._timedelta
+        for name, value in values.items():
+            setattr(options, name, value)
+        return options
+
+    def all_reduce(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp) -> Work:
+        if out.data_ptr() != x.data_ptr():
+            out.copy_(x)
+        options = self._reduce_options.get(op.name)
+        if options is None:
+            options = self._options(dist.AllreduceOptions, reduceOp=self._operation(op))
+            if op.factor is None:
+                self._reduce_options[op.name] = options
+        return self._start("all_reduce", self.group.allreduce, [out], options)
+
+    def reduce(self, out: torch.Tensor | None, x: torch.Tensor, op: ReduceOp, dst: int) -> Work:
+        # Process groups reduce in place and use the buffers of other ranks as scratch.
+        target = torch.empty_like(x) if out is None else out
+        target.copy_(x)
+        options = self._options(dist.ReduceOptions, reduceOp=self._operation(op), rootRank=dst)
+        return self._start("reduce", self.group.reduce, [target], options)
+
+    def broadcast(self, x: torch.Tensor, src: int) -> Work:
+        return self._start(
+            "broadcast", self.group.broadcast, [x], self._options(dist.BroadcastOptions, rootRank=src)
+        )
+
+    def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work:
+        options = self._options(dist.AllgatherOptions)
+        if counts is None:
+            return self._start("all_gather", self.group._allgather_base, out, x, options)
+        rows = pieces(out, counts, self.size)
+        return self._start("all_gather", self.group.allgather, [rows], [x], options)
+
+    def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work:
+        options = self._options(dist.ReduceScatterOptions, reduceOp=self._operation(op))
+        if counts is None:
+            return self._start("reduce_scatter", self.group._reduce_scatter_base, out, x, options)
+        rows = pieces(x, counts, self.size)
+        return self._start("reduce_scatter", self.group.reduce_scatter, [out], [rows], options)
+
+    def all_to_all(self, out: torch.Tensor, x: torch.Tensor, out_counts: Counts, in_counts: Counts) -> Work:
+        options = self._options(dist.AllToAllOptions)
+        splits = (list(out_counts or ()), list(in_counts or ()))
+        return self._start("all_to_all", self.group.alltoall_base, out, x, *splits, options)
+
+    def gather(self, out: torch.Tensor | None, x: torch.Tensor, dst: int, counts: Counts) -> Work:
+        options = self._options(dist.GatherOptions, rootRank=dst)
+        rows = [] if out is None else [pieces(out, counts, self.size)]
+        return self._start("gather", self.group.gather, rows, [x], options)
+
+    def scatter(self, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts) -> Work:
+        options = self._options(dist.ScatterOptions, rootRank=src)
+        rows = [] if x is None else [pieces(x, counts, self.size)]
+        return self._start("scatter", self.group.scatter, [out], rows, options)
+
+    def send(self, x: torch.Tensor, dst: int, tag: int) -> Work:
+        return self._start("send", self.group.send, [x], dst, tag)
+
+    def recv(self, x: torch.Tensor, src: int, tag: int) -> Work:
+        return self._start("recv", self.group.recv, [x], src, tag)
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], tag: int) -> Work:
+        batched = self.name in BATCHED
+        if batched:
+            self.group._start_coalescing()
+        works = [self.recv(x, src, tag) for x, src in recvs]
+        works += [self.send(x, dst, tag) for x, dst in sends]
+        if batched:
+            return Native(self, self.group._end_coalescing(), "exchange", works)
+        return gather_works(works)
+
+    def post(self, x: torch.Tensor, dst: int, tag: int) -> Work:
+        self._store.set(self._address(self.rank, dst, tag), x.cpu().view(torch.uint8).numpy().tobytes())
+        return Work()
+
+    def fetch(self, x: torch.Tensor, src: int, tag: int) -> Work:
+        return _Letter(self, self._address(src, self.rank, tag), x)
+
+    def _address(self, src: int, dst: int, tag: int) -> str:
+        self._mail[src, dst, tag] += 1
+        return f"mail/{src}/{dst}/{tag}/{self._mail[src, dst, tag]}"
+
+    def barrier(self) -> Work:
+        options = self._options(dist.BarrierOptions)
+        if self.device.type != "cpu":
+            options.device = self.device
+        return self._start("barrier", self.group.barrier, options)
+
+    def share(self, value: bytes) -> list[bytes]:
+        prefix, self._shared = f"share/{self._shared}", self._shared + 1
+        # A leading byte, since some stores have no empty values.
+        self._store.set(f"{prefix}/{self.rank}", b"=" + value)
+        keys = [f"{prefix}/{rank}" for rank in range(self.size)]
+        return [self._receive(key)[1:] for key in keys]
+
+    def _receive(self, key: str, timeout: float | None = None) -> bytes:
+        limit = self._timedelta if timeout is None else timedelta(seconds=timeout)
+        try:
+            self._store.wait([key], limit)
+            return self._store.get(key)
+        except RuntimeError as error:  # DistStoreError, and older torch's plain RuntimeError
+            raise self.translated(error, f"waiting for {key}") from error
+
+    def subgroup(self, ranks: Sequence[int]) -> TorchCommunicator:
+        members = tuple(ranks)
+        self._children[members] += 1
+        name = f"group/{'-'.join(map(str, members))}/{self._children[members]}"
+        store = dist.PrefixStore(name, self._store)
+        return create(self.name, store, members.index(self.rank), len(members), self.device, self.timeout)
+
+    def close(self) -> None:
+        if self.name != "gloo" and hasattr(self.group, "shutdown"):
+            self.group.shutdown()
+
+
+class _Letter(Work):
+    """What another rank posted under a key of the store."""
+
+    __slots__ = ("_comm", "_key", "_x")
+
+    def __init__(self, comm: TorchCommunicator, key: str, x: torch.Tensor) -> None:
+        self.result = None
+        self._comm, self._key = comm, key
+        self._x: torch.Tensor | None = x
+
+    def done(self) -> bool:
+        return self._x is None or self._comm._store.check([self._key])
+
+    def wait(self, timeout: float | None = None) -> Any:
+        if self._x is not None:
+            data = self._comm._receive(self._key, timeout)
+            self._comm._store.delete_key(self._key)
+            self._x.view(torch.uint8).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            self._x = None
+        return self.result
+
+
+def create(
+    name: str, store: Any, rank: int, size: int, device: torch.device, timeout: float
+) -> TorchCommunicator:
+    """A fresh process group of its own, registered nowhere, so that it meets no other program's groups.
+
+    Raises BackendUnavailable with the remedy where this torch does not have the backend.
+    """
+    limit = timedelta(seconds=timeout)
+    inner = dist.PrefixStore("torch", store)
+    if name == "gloo":
+        if not dist.is_gloo_available():
+            raise BackendUnavailable("backend gloo: this build of torch has none; use mpi")
+        group = dist.ProcessGroupGloo(inner, rank, size, limit)
+    elif name == "nccl":
+        if not (dist.is_nccl_available() and torch.cuda.is_available()):
+            raise BackendUnavailable("backend nccl: needs a CUDA build of torch and a visible NVIDIA GPU")
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = limit
+        group = dist.ProcessGroupNCCL(inner, rank, size, options)
+    elif name == "xccl":
+        if not (dist.is_xccl_available() and torch.xpu.is_available()):
+            raise BackendUnavailable("backend xccl: needs an XPU build of torch >= 2.7 and a visible Intel GPU")
+        group = dist.ProcessGroupXCCL(inner, rank, size)
+    else:
+        group = _plugin(name)(inner, rank, size, limit)
+    return TorchCommunicator(group, name, device, store, timeout)
+
+
+def _plugin(name: str) -> Callable[..., Any]:
+    """The constructor of a backend that registered itself with torch.distributed."""
+    if name == "ccl":
+        try:
+            importlib.import_module("oneccl_bindings_for_pytorch")
+        except ImportError as error:
+            raise BackendUnavailable(
+                f"backend ccl: {error}; pip install 'commlayer[intel]' (torch >= 2.7 has xccl built in instead)"
+            ) from error
+    plugin = dist.Backend._plugins.get(name.upper())
+    if plugin is None:
+        known = ", ".join(sorted({*DEVICE_OF, *(key.lower() for key in dist.Backend._plugins)}))
+        raise BackendUnavailable(f"backend {name!r}: torch.distributed knows none of that name (known: {known})")
+    if not plugin.extended_api:
+        return plugin.creator_fn
+
+    def extended(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+        options = dist.distributed_c10d._DistributedBackendOptions()
+        options.store, options.group_rank, options.group_size, options.timeout = store, rank, size, timeout
+        options.group_id, options.global_ranks_in_group = "commlayer", list(range(size))
+        return plugin.creator_fn(options, None)
+
+    return extended
+
+
+def wrap_default_group(timeout: float | None) -> TorchCommunicator:
+    """The default group of a program that has initialised torch.distributed itself."""
+    config = dist.get_backend_config()
+    pairs = dict(item.split(":") for item in str(config).split(",") if ":" in item)
+    present = [kind for kind in ("cuda", "xpu") if kind in pairs and getattr(torch, kind).is_available()]
+    kind = present[0] if present else "cpu"
+    name = pairs.get(kind, dist.get_backend())
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, getattr(torch, kind).current_device())
+    world = dist.group.WORLD
+    assert world is not None
+    store = dist.PrefixStore("commlayer", dist.distributed_c10d._get_default_store())
+    seconds = timeout if timeout is not None else dist.default_pg_timeout.total_seconds()
+    return TorchCommunicator(world._get_backend(torch.device(kind)), name, device, store, seconds)

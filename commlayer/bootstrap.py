@@ -1,0 +1,146 @@
+"""How the first communicator comes about: which backend, and how its ranks find each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from commlayer.backends import torch_native
+from commlayer.backends.base import Communicator
+from commlayer.backends.single import Single
+from commlayer.capability import EVERYTHING, CapabilitySet, Profile, load_profile, parse_disabled, profile_for
+from commlayer.errors import BackendUnavailable, CommTimeout, LaunchError
+from commlayer.launch import Launch, bind_device
+from commlayer.settings import Settings
+
+# Backends whose shipped profile the test suite proves; a replayed profile narrows it. For the others the
+# replayed profile is all there is.
+TRUSTED = frozenset({"gloo", "mpi", "nccl"})
+
+
+def choose(launch: Launch) -> str:
+    """What ``auto`` means: the accelerator's own library, else MPI where it started us, else gloo."""
+    if launch.launcher == "none":
+        return "single"
+    if dist.is_nccl_available() and torch.cuda.is_available():
+        return "nccl"
+    if dist.is_xccl_available() and torch.xpu.is_available():
+        return "xccl"
+    return "mpi" if launch.mpi and mpi_importable() else "gloo"
+
+
+def mpi_importable() -> bool:
+    return importlib.util.find_spec("mpi4py") is not None
+
+
+def connect(backend: str, launch: Launch, timeout: float) -> Communicator:
+    """The communicator of all ranks. Raises BackendUnavailable or LaunchError, with the remedy."""
+    if backend == "single":
+        if launch.size not in (None, 1):
+            raise LaunchError(f"backend single is for one process, but {launch.launcher} started {launch.size}")
+        return Single(_default_device(), timeout)
+    if backend == "threads":
+        raise BackendUnavailable("backend threads: its ranks are threads; start them with commlayer.run_local(fn)")
+    if backend == "mpi":
+        from commlayer.backends import mpi
+
+        comm = mpi.world(timeout)
+        if launch.size not in (None, comm.size) or (launch.launcher != "none" and launch.rank != comm.rank):
+            raise LaunchError(
+                f"MPI says rank {comm.rank} of {comm.size}, but {launch.launcher} says {launch.rank} of {launch.size}: "
+                "mpi4py is built for another MPI than the launcher's"
+            )
+        return comm
+    rank, size = launch.rank, launch.size
+    if size is None:
+        from commlayer.backends import mpi
+
+        rank, size = mpi.place()
+    device = _device(backend, launch)
+    store = _store(launch, rank, size, timeout)
+    return torch_native.create(backend, dist.PrefixStore("commlayer", store), rank, size, device, timeout)
+
+
+def _default_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def _device(backend: str, launch: Launch) -> torch.device:
+    kind = torch_native.DEVICE_OF.get(backend, "cpu")
+    if kind == "cpu":
+        return torch.device("cpu")
+    module = getattr(torch, kind)
+    if not module.is_available():
+        remedy = "a CUDA build of torch and a visible NVIDIA GPU" if kind == "cuda" else "an XPU build of torch"
+        raise BackendUnavailable(f"backend {backend}: no {kind} device is usable; it needs {remedy}")
+    index = bind_device(launch, kind, module.device_count())
+    module.set_device(index)
+    return torch.device(kind, index)
+
+
+def _store(launch: Launch, rank: int, size: int, timeout: float) -> Any:
+    """The key-value store through which ranks exchange addresses, and its control channel later."""
+    limit = timedelta(seconds=timeout)
+    if size == 1:
+        return dist.HashStore()
+    try:
+        if launch.launcher == "torchrun":
+            return next(iter(dist.rendezvous("env://", rank, size, timeout=limit)))[0]
+        if launch.master_addr and launch.master_port:
+            address, port = launch.master_addr, launch.master_port
+            return dist.TCPStore(address, port, size, rank == 0, limit, multi_tenant=True)
+        if launch.mpi and mpi_importable():
+            return _store_by_mpi(launch, rank, size, limit)
+    except (RuntimeError, OSError) as error:
+        raise CommTimeout(
+            f"rank {rank} of {size} could not reach the job's store at {launch.master_addr}:{launch.master_port}: {error}"
+        ) from error
+    raise LaunchError(
+        f"{launch.launcher} does not say where rank 0 is: set MASTER_ADDR and MASTER_PORT on every rank, or "
+        "install mpi4py, through which rank 0 tells"
+    )
+
+
+def _store_by_mpi(launch: Launch, rank: int, size: int, limit: timedelta) -> Any:
+    from commlayer.backends import mpi
+
+    store = None
+    where: tuple[str, int] | None = None
+    if rank == 0:
+        one_node = launch.local_size == size
+        address = "127.0.0.1" if one_node else launch.master_addr or socket.gethostbyname(socket.gethostname())
+        store = dist.TCPStore(address, 0, size, True, limit, wait_for_workers=False)
+        where = (address, store.port)
+    address, port = mpi.broadcast_object(where)
+    return store or dist.TCPStore(address, port, size, False, limit)
+
+
+def capabilities(comm: Communicator, settings: Settings) -> CapabilitySet:
+    """What the communicator does natively: its profile, narrowed by the settings, agreed by all ranks."""
+    profiles: list[Profile] = []
+    if comm.name in ("single", "threads"):
+        profiles.append(EVERYTHING)
+    elif comm.name in TRUSTED or settings.profile is None:
+        profiles.append(_shipped(comm))
+    if settings.profile is not None:
+        profiles.append(load_profile(settings.profile))
+    mine = CapabilitySet(tuple(profiles), parse_disabled(settings.disable))
+    return mine.agreed(dict.fromkeys(comm.share(mine.to_bytes())))
+
+
+def _shipped(comm: Communicator) -> Profile:
+    version = {"nccl": comm.version, "mpi": lambda: "4"}.get(comm.name, lambda: torch.__version__)()
+    # The old binding drives the same library as torch 2.7's built-in backend does.
+    name, version = ("xccl", "2.7") if comm.name == "ccl" else (comm.name, version)
+    found = profile_for(name, version)
+    if found is None:
+        raise BackendUnavailable(
+            f"backend {comm.name}: no capability profile is shipped for it; name one with COMMLAYER_PROFILE=FILE "
+            "(see commlayer/profiles/README.md)"
+        )
+    return found

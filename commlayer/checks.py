@@ -1,0 +1,112 @@
+"""Checks of arguments, before anything is communicated: ValueError and TypeError that name the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from commlayer.backends.base import INTERNAL_TAG
+from commlayer.capability import NAME_OF
+from commlayer.group import Group
+from commlayer.reduce_op import ReduceOp, meaningless
+
+
+def check_tensor(x: torch.Tensor, group: Group, name: str = "x") -> None:
+    """A dense tensor of a dtype the layer knows, on the group's device."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if group.rank < 0:
+        raise ValueError(f"group: this process is not a member of the group of ranks {list(group.ranks)}")
+    if x.dtype not in NAME_OF:
+        raise TypeError(f"{name}: dtype {x.dtype} cannot be communicated; convert it to a plain dtype first")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {x.layout}; use x.to_dense()")
+    if x.device != group.device:
+        raise ValueError(f"{name}: is on {x.device}, but backend {group.backend} works on {group.device}")
+
+
+def check_reduce(op: ReduceOp, dtype: torch.dtype) -> None:
+    why = meaningless(op.name, dtype)
+    if why is not None:
+        raise TypeError(f"op: {op} of {dtype} has no meaning: {why}")
+
+
+def check_rank(rank: int, group: Group, name: str) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"{name}: expected a rank (int), got {rank!r}")
+    if not 0 <= rank < group.size:
+        raise ValueError(f"{name}: expected a rank from 0 to {group.size - 1} of the group, got {rank}")
+    return rank
+
+
+def check_tag(tag: int) -> int:
+    if isinstance(tag, bool) or not isinstance(tag, int):
+        raise TypeError(f"tag: expected an int, got {tag!r}")
+    if not 0 <= tag < INTERNAL_TAG:
+        raise ValueError(f"tag: expected 0 to {INTERNAL_TAG - 1} (what MPI guarantees), got {tag}")
+    return tag
+
+
+def check_dim(dim: int, x: torch.Tensor) -> int:
+    """A non-negative dim; a 0-dim tensor counts as one of one element."""
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim: expected an int, got {dim!r}")
+    ndim = max(x.dim(), 1)
+    if not -ndim <= dim < ndim:
+        raise ValueError(f"dim: expected {-ndim} to {ndim - 1} for shape {tuple(x.shape)}, got {dim}")
+    return dim % ndim
+
+
+def check_sizes(sizes: Sequence[int] | None, group: Group, name: str = "sizes") -> list[int] | None:
+    """One extent per rank, or None for equal ones."""
+    if sizes is None:
+        return None
+    if isinstance(sizes, torch.Tensor):
+        sizes = sizes.tolist()
+    if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Sequence):
+        raise TypeError(f"{name}: expected a sequence of {group.size} ints, got {sizes!r}")
+    if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
+        raise TypeError(f"{name}: expected ints, got {list(sizes)}")
+    if len(sizes) != group.size:
+        raise ValueError(f"{name}: expected one per rank, {group.size}, got {len(sizes)}: {list(sizes)}")
+    if min(sizes) < 0:
+        raise ValueError(f"{name}: must not be negative, got {list(sizes)}")
+    return list(sizes)
+
+
+def check_divides(x: torch.Tensor, dim: int, group: Group, remedy: str) -> int:
+    """Each rank's extent where all are equal."""
+    if x.shape[dim] % group.size:
+        raise ValueError(
+            f"x: dim {dim} of shape {tuple(x.shape)} does not divide into {group.size} equal parts; {remedy}"
+        )
+    return x.shape[dim] // group.size
+
+
+def check_extent(name: str, sizes: Sequence[int], got: int, dim: int, x: torch.Tensor) -> None:
+    """The sizes add up to, or name, the extent that is there."""
+    if sum(sizes) != got:
+        raise ValueError(
+            f"{name}: {list(sizes)} add up to {sum(sizes)}, but dim {dim} of x has {got} (shape {tuple(x.shape)})"
+        )
+
+
+def check_splittable(x: torch.Tensor) -> None:
+    if x.dim() == 0:
+        raise ValueError("x: a 0-dim tensor cannot be split over ranks; give it a dim, x.reshape(1)")
+
+
+def check_out(out: torch.Tensor, shape: Sequence[int], like: torch.Tensor, group: Group) -> None:
+    """A destination that fits: right shape and dtype, no two elements in one place, outside autograd."""
+    check_tensor(out, group, "out")
+    if tuple(out.shape) != tuple(shape):
+        raise ValueError(f"out: expected shape {tuple(shape)}, got {tuple(out.shape)}")
+    if out.dtype != like.dtype:
+        raise TypeError(f"out: expected dtype {like.dtype}, got {out.dtype}")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out: requires grad; a result written into out has no gradient, leave out= away")
+    if any(stride == 0 and extent > 1 for stride, extent in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError(
+            f"out: is an expanded tensor (strides {out.stride()}) whose elements share memory; use out.contiguous()"
+        )

@@ -1,0 +1,309 @@
+"""Group: an ordered set of ranks on one backend, which does whatever is asked, natively or by a plan."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from commlayer.backends.base import Communicator, Counts, Message
+from commlayer.backends.single import Single
+from commlayer.capability import EVERYTHING, OPS, REDUCING, SPLITTABLE, CapabilitySet, Request
+from commlayer.errors import UnsupportedOperation
+from commlayer.planner import Plan, native_cost, plan
+from commlayer.reduce_op import SUM, ReduceOp, as_reduce_op
+from commlayer.work import Work, gather_works
+
+Runner = Callable[["Planned", str, tuple[Any, ...]], Work]
+
+
+class FallbackWarning(UserWarning):
+    """An operation is emulated; shown under ``COMMLAYER_FALLBACK=warn``."""
+
+
+class Planned:
+    """The flat operations of a communicator, with plans for those it lacks.
+
+    ``policy`` is ``silent``, ``warn`` or ``error``. Fallbacks run on an inner, silent one: what they use
+    is their own affair.
+    """
+
+    def __init__(self, comm: Communicator, capabilities: CapabilitySet, policy: str = "silent") -> None:
+        self.comm = comm
+        self.rank, self.size, self.device = comm.rank, comm.size, comm.device
+        self._device = comm.device.type
+        self._capabilities = capabilities
+        self._policy = policy
+        self._inner = self if policy == "silent" else Planned(comm, capabilities)
+        # (op, reduce op, dtype, layout) -> how a fallback runs it, or None where it is native.
+        self._runners: dict[tuple[Any, ...], Runner | None] = {}
+
+    def plan(self, request: Request) -> Plan:
+        """How a request is done; UnsupportedOperation where it cannot be."""
+        found = plan(self._capabilities, self.size, request)
+        if found is None:
+            status, source = self._capabilities.status(request)
+            raise UnsupportedOperation(
+                f"{request} on backend {self.comm.name}: {status} ({source}), and no chain of fallbacks ends in "
+                "native operations"
+            )
+        return found
+
+    def _decide(self, key: tuple[Any, ...]) -> Runner | None:
+        op, reduce, dtype, layout = key
+        found = self.plan(Request(op, reduce, dtype, self._device, layout))
+        if found.emulated and self._policy != "silent":
+            text = f"{found.request} is emulated on backend {self.comm.name}:\n" + "\n".join(found.lines(1))
+            if self._policy == "error":
+                raise UnsupportedOperation(f"{text}\n(COMMLAYER_FALLBACK=error forbids it)")
+            warnings.warn(text, FallbackWarning, stacklevel=5)
+        runner = None if found.fallback is None else found.fallback.run
+        self._runners[key] = runner
+        return runner
+
+    def _run(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Work:
+        try:
+            runner = self._runners[key]
+        except KeyError:
+            runner = self._decide(key)
+        if runner is None:
+            return getattr(self.comm, key[0])(*args)
+        return runner(self._inner, key[0], args)
+
+    def all_reduce(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp) -> Work:
+        return self._run(("all_reduce", op.name, x.dtype, "even"), (out, x, op))
+
+    def reduce(self, out: torch.Tensor | None, x: torch.Tensor, op: ReduceOp, dst: int) -> Work:
+        return self._run(("reduce", op.name, x.dtype, "even"), (out, x, op, dst))
+
+    def broadcast(self, x: torch.Tensor, src: int) -> Work:
+        return self._run(("broadcast", None, x.dtype, "even"), (x, src))
+
+    def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work:
+        return self._run(("all_gather", None, x.dtype, _layout(counts)), (out, x, counts))
+
+    def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work:
+        return self._run(("reduce_scatter", op.name, x.dtype, _layout(counts)), (out, x, op, counts))
+
+    def all_to_all(self, out: torch.Tensor, x: torch.Tensor, out_counts: Counts, in_counts: Counts) -> Work:
+        return self._run(("all_to_all", None, x.dtype, _layout(in_counts)), (out, x, out_counts, in_counts))
+
+    def gather(self, out: torch.Tensor | None, x: torch.Tensor, dst: int, counts: Counts) -> Work:
+        return self._run(("gather", None, x.dtype, _layout(counts)), (out, x, dst, counts))
+
+    def scatter(self, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts) -> Work:
+        return self._run(("scatter", None, out.dtype, _layout(counts)), (out, x, src, counts))
+
+    def send(self, x: torch.Tensor, dst: int, tag: int) -> Work:
+        return self._run(("send", None, x.dtype, "even"), (x, dst, tag))
+
+    def recv(self, x: torch.Tensor, src: int, tag: int) -> Work:
+        return self._run(("recv", None, x.dtype, "even"), (x, src, tag))
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], tag: int) -> Work:
+        if not sends and not recvs:
+            return Work()
+        dtype = (sends or recvs)[0][0].dtype
+        plans = [self.plan(Request(op, None, dtype, self._device)) for op in ("send", "recv")]
+        if all(found.fallback is None for found in plans):
+            return self.comm.exchange(sends, recvs, tag)
+        carriers = {found.parts[0].request.dtype for found in plans if found.parts and not found.emulated}
+        if len(carriers) == 1 and not any(found.emulated for found in plans):
+            carrier = carriers.pop()
+            views = [[(x.view(carrier), rank) for x, rank in messages] for messages in (sends, recvs)]
+            return self.exchange(*views, tag)
+        works = [self.recv(x, src, tag) for x, src in recvs]
+        return gather_works(works + [self.send(x, dst, tag) for x, dst in sends])
+
+    def barrier(self) -> Work:
+        return self._run(("barrier", None, torch.uint8, "even"), ())
+
+    def post(self, x: torch.Tensor, dst: int, tag: int) -> Work:
+        return self.comm.post(x, dst, tag)
+
+    def fetch(self, x: torch.Tensor, src: int, tag: int) -> Work:
+        return self.comm.fetch(x, src, tag)
+
+
+def _layout(counts: Counts) -> str:
+    return "even" if counts is None else "uneven"
+
+
+class Group:
+    """An ordered set of ranks on one backend.
+
+    ``rank`` and ``size`` are group-local, ``ranks`` are the members' ranks in the world. On a process that is not
+    a member, ``rank`` is -1 and every operation is a ValueError.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator | None,
+        ranks: Sequence[int],
+        capabilities: CapabilitySet,
+        policy: str = "silent",
+        *,
+        parent: Group | None = None,
+    ) -> None:
+        self.ranks = tuple(ranks)
+        self.size = len(self.ranks)
+        self._capabilities = capabilities
+        self._policy = policy
+        self._comm = comm
+        self._children: list[Group] = []
+        if comm is None:
+            assert parent is not None
+            self.rank, self.backend, self.device, self.timeout = -1, parent.backend, parent.device, parent.timeout
+            return
+        self.rank, self.backend, self.device, self.timeout = comm.rank, comm.name, comm.device, comm.timeout
+        self.flat = Planned(comm, capabilities, policy)
+
+    @property
+    def is_member(self) -> bool:
+        return self.rank >= 0
+
+    def __repr__(self) -> str:
+        place = f"rank {self.rank} of {self.size}" if self.is_member else f"not a member, {self.size} ranks"
+        return f"Group({self.backend}, {place}, {self.device})"
+
+    def capabilities(self) -> CapabilitySet:
+        """What the backend does natively, as agreed by all ranks."""
+        return self._capabilities
+
+    def version(self) -> str:
+        """The version of what is underneath."""
+        return self._comm.version() if self._comm is not None else ""
+
+    def explain(
+        self,
+        op: str,
+        *,
+        reduce: ReduceOp | str = SUM,
+        dtype: torch.dtype = torch.float32,
+        uneven: bool = False,
+    ) -> Explanation:
+        """How ``op`` is done here, its cost against a native one, and why: print it.
+
+        Raises ValueError for an unknown op, UnsupportedOperation where nothing works.
+        """
+        if op not in OPS:
+            raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+        self._check_member()
+        request = Request(
+            op,
+            as_reduce_op(reduce).name if op in REDUCING else None,
+            torch.uint8 if op == "barrier" else dtype,
+            self.device.type,
+            "uneven" if uneven and op in SPLITTABLE else "even",
+        )
+        return Explanation(self.flat.plan(request), self.size, self.backend)
+
+    def subgroup(self, ranks: Sequence[int]) -> Group:
+        """The group of these (group-local) ranks, in this order; called by its members, and by them alone.
+
+        One rank costs no communicator; all ranks in order are this very group.
+        """
+        self._check_member()
+        members = _checked_ranks(ranks, self.size)
+        if self.rank not in members:
+            raise ValueError(f"ranks: only members call subgroup; {list(members)} lacks this rank, {self.rank}")
+        if members == tuple(range(self.size)):
+            return self
+        return self._child(members)
+
+    def _child(self, members: tuple[int, ...]) -> Group:
+        assert self._comm is not None
+        world_ranks = [self.ranks[rank] for rank in members]
+        if self.rank not in members:
+            return Group(None, world_ranks, self._capabilities, parent=self)
+        if len(members) == 1:
+            alone = CapabilitySet((EVERYTHING,))
+            return Group(Single(self.device, self.timeout), world_ranks, alone, self._policy)
+        child = Group(self._comm.subgroup(members), world_ranks, self._capabilities, self._policy)
+        self._children.append(child)
+        return child
+
+    def new_group(self, ranks: Sequence[int]) -> Group:
+        """The group of these (group-local) ranks, in this order; called by every rank of this group."""
+        self._check_member()
+        return self._child(_checked_ranks(ranks, self.size))
+
+    def split(self, color: int | None, key: int = 0) -> Group | None:
+        """One group per ``color``, ordered by ``key``, then rank (MPI 4.1, MPI_Comm_split); None joins none.
+
+        Called by every rank of this group.
+        """
+        self._check_member()
+        if color is not None and not isinstance(color, int):
+            raise TypeError(f"color: expected an int or None, got {color!r}")
+        if not isinstance(key, int):
+            raise TypeError(f"key: expected an int, got {key!r}")
+        assert self._comm is not None
+        places = [json.loads(text) for text in self._comm.share(json.dumps([color, key]).encode())]
+        if color is None:
+            return None
+        members = [rank for rank, (other, _) in enumerate(places) if other == color]
+        members.sort(key=lambda rank: (places[rank][1], rank))
+        return self._child(tuple(members))
+
+    def _check_member(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"group: this process is not a member of the group of ranks {list(self.ranks)}")
+
+    def abort(self, reason: BaseException) -> None:
+        """Tell peers that this rank cannot go on, where the backend can."""
+        if self._comm is not None:
+            self._comm.abort(reason)
+
+    def close(self) -> None:
+        """Release the communicators of this group and of the groups made from it."""
+        for child in self._children:
+            child.close()
+        self._children.clear()
+        if self._comm is not None:
+            self._comm.close()
+
+
+class Explanation:
+    """A plan for people (``print`` it) and for programs (``to_dict``)."""
+
+    def __init__(self, plan: Plan, size: int, backend: str) -> None:
+        self.plan = plan
+        self.size = size
+        self.backend = backend
+
+    @property
+    def native(self) -> bool:
+        return not self.plan.emulated
+
+    @property
+    def ratio(self) -> float:
+        """Estimated time at 1 MiB over that of a good native implementation."""
+        return self.plan.cost.seconds() / max(native_cost(self.plan.request.op, self.size).seconds(), 1e-12)
+
+    def __str__(self) -> str:
+        lines = list(self.plan.lines())
+        if self.plan.emulated:
+            lines.append(f"cost: about {self.ratio:.1f}x a native one at 1 MiB on {self.size} ranks")
+        if self.plan.why:
+            lines.append(f"why: {self.plan.request} is {self.plan.why} on backend {self.backend}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"backend": self.backend, "ranks": self.size, "ratio": round(self.ratio, 3)} | self.plan.to_dict()
+
+
+def _checked_ranks(ranks: Sequence[int], size: int) -> tuple[int, ...]:
+    members = tuple(ranks)
+    if not members:
+        raise ValueError("ranks: a group needs at least one rank, got none")
+    if not all(isinstance(rank, int) and not isinstance(rank, bool) for rank in members):
+        raise TypeError(f"ranks: expected ints, got {list(members)}")
+    if len(set(members)) != len(members):
+        raise ValueError(f"ranks: each rank at most once, got {list(members)}")
+    if not all(0 <= rank < size for rank in members):
+        raise ValueError(f"ranks: expected 0 to {size - 1}, got {list(members)}")
+    return members

@@ -1,0 +1,164 @@
+"""Finds the cheapest way to do what a backend cannot.
+
+Every request is a node; a native one costs what its transport needs, any other what its cheapest fallback
+needs for everything that one uses in turn. Costs are linear in the bytes of the request, so a plan has
+three numbers: messages, bytes sent per byte asked for, and local passes over the bytes. They are compared
+at one nominal size, because a plan may depend only on what every rank knows, which for uneven operations
+excludes the size. All costs are found at once by relaxation, as in Bellman and Ford's shortest paths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from commlayer.capability import CapabilitySet, Request
+from commlayer.fallbacks import FALLBACKS, Fallback, Use
+
+# A message's latency, and seconds per byte sent or touched: those of ranks on one host, where the layer was
+# measured. They only weigh plans against each other.
+LATENCY = 20e-6
+PER_BYTE_SENT = 1 / 4e9
+PER_BYTE_TOUCHED = 1 / 8e9
+NOMINAL_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a request costs: ``messages`` one after the other, and factors of its own size in bytes."""
+
+    messages: float = 0.0
+    sent: float = 0.0
+    touched: float = 0.0
+
+    def seconds(self, size: float = NOMINAL_BYTES) -> float:
+        per_byte = self.sent * PER_BYTE_SENT + self.touched * PER_BYTE_TOUCHED
+        return self.messages * LATENCY + per_byte * size
+
+    def plus(self, other: Cost, times: float, scale: float) -> Cost:
+        share = times * scale
+        return Cost(
+            self.messages + times * other.messages,
+            self.sent + share * other.sent,
+            self.touched + share * other.touched,
+        )
+
+
+def native_cost(op: str, size: int) -> Cost:
+    """What good implementations need (Thakur, Rabenseifner and Gropp 2005), relative to the whole vector."""
+    depth, share = math.log2(size), (size - 1) / size
+    return {
+        "all_reduce": Cost(2 * depth, 2 * share),
+        "reduce": Cost(depth, 1),
+        "broadcast": Cost(depth, 1),
+        "all_gather": Cost(depth, share),
+        "reduce_scatter": Cost(depth, share),
+        "all_to_all": Cost(size - 1, share),
+        "gather": Cost(depth, share),
+        "scatter": Cost(depth, share),
+        "send": Cost(1, 1),
+        "recv": Cost(),  # counted with its send
+        "barrier": Cost(depth),
+        # The control channel is there for a last resort, and costs like one.
+        "control": Cost(50, 20),
+    }[op]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one request is done: natively, or by a fallback whose parts are plans in turn."""
+
+    request: Request
+    cost: Cost
+    fallback: Fallback | None = None
+    parts: tuple[Plan, ...] = ()
+    why: str = ""
+
+    @property
+    def emulated(self) -> bool:
+        """Whether it does more than the backend's own operation, perhaps on the same bits read otherwise."""
+        if self.fallback is None:
+            return False
+        return not self.fallback.reinterprets or any(part.emulated for part in self.parts)
+
+    def lines(self, depth: int = 0) -> Iterator[str]:
+        head = "  " * depth + str(self.request)
+        if self.fallback is None:
+            yield f"{head}: native"
+            return
+        yield f"{head} ⇐ {self.fallback.name}: {self.fallback.summary.lower()}"
+        for part in self.parts:
+            yield from part.lines(depth + 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "request": str(self.request),
+            "fallback": self.fallback.name if self.fallback else None,
+            "why": self.why,
+            "seconds_at_1MiB": self.cost.seconds(),
+            "parts": [part.to_dict() for part in self.parts],
+        }
+
+
+@lru_cache(maxsize=4096)
+def plan(capabilities: CapabilitySet, size: int, request: Request) -> Plan | None:
+    """The cheapest plan, or None where no chain of fallbacks ends in native operations."""
+    nodes = _reachable(capabilities, size, request)
+    costs: dict[Request, Cost] = {
+        node: native_cost(node.op, size) for node, choices in nodes.items() if choices is None
+    }
+    chosen: dict[Request, tuple[Fallback, list[Use]]] = {}
+    changed = True
+    while changed:
+        changed = False
+        for node, choices in nodes.items():
+            for candidate, uses in choices or ():
+                if not all(use.request in costs for use in uses):
+                    continue
+                cost = Cost(touched=candidate.passes)
+                for use in uses:
+                    cost = cost.plus(costs[use.request], use.times, use.scale)
+                # Strictly cheaper: at equal cost the first declared stays, on every rank alike.
+                if node not in costs or cost.seconds() < costs[node].seconds() * (1 - 1e-9):
+                    costs[node], chosen[node], changed = cost, (candidate, uses), True
+    return _build(capabilities, request, costs, chosen) if request in costs else None
+
+
+def _reachable(
+    capabilities: CapabilitySet, size: int, request: Request
+) -> dict[Request, list[tuple[Fallback, list[Use]]] | None]:
+    """Every request that could take part, with its fallbacks; None marks a native one."""
+    nodes: dict[Request, list[tuple[Fallback, list[Use]]] | None] = {}
+    todo = [request]
+    while todo:
+        node = todo.pop()
+        if node in nodes:
+            continue
+        if node.op == "control" or capabilities.native(node):
+            nodes[node] = None
+            continue
+        choices = []
+        for candidate in FALLBACKS:
+            uses = candidate.needs(node, size) if node.op in candidate.ops else None
+            if uses is not None:
+                choices.append((candidate, list(uses)))
+                todo.extend(use.request for use in uses)
+        nodes[node] = choices
+    return nodes
+
+
+def _build(
+    capabilities: CapabilitySet,
+    request: Request,
+    costs: dict[Request, Cost],
+    chosen: dict[Request, tuple[Fallback, list[Use]]],
+) -> Plan:
+    if request not in chosen:
+        return Plan(request, costs[request])
+    candidate, uses = chosen[request]
+    parts = tuple(_build(capabilities, use.request, costs, chosen) for use in uses)
+    status, source = capabilities.status(request)
+    return Plan(request, costs[request], candidate, parts, f"{status} ({source})")

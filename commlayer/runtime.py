@@ -1,0 +1,152 @@
+"""init, finalize, world: the group of all ranks of this process, or of this thread under run_local."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from commlayer import bootstrap
+from commlayer.backends import threads, torch_native
+from commlayer.backends.base import Communicator
+from commlayer.errors import CommError, PeerLost
+from commlayer.group import Group
+from commlayer.launch import Launch, discover
+from commlayer.settings import Settings, checked_timeout
+
+_world: Group | None = None
+_launch: Launch | None = None
+_thread = threading.local()  # .world, in a thread of run_local
+
+
+def init(backend: str | None = None, *, timeout: float | None = None) -> Group:
+    """Join the job and return the group of all its ranks; call it again as often as you like.
+
+    ``backend`` is a name from COMMLAYER_BACKEND's list and beats that variable; ``auto`` takes nccl on NVIDIA GPUs,
+    xccl on Intel's, else mpi where an MPI launcher started us, else gloo; without a launcher, one process alone.
+    A program that has initialised torch.distributed itself has its default group wrapped. ``timeout`` is in seconds,
+    for every operation.
+
+    Raises LaunchError, BackendUnavailable, CommTimeout; ValueError for settings, or a second, different backend.
+    """
+    global _world, _launch
+    if timeout is not None:
+        timeout = checked_timeout(timeout)
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: expected a name, got {backend!r}")
+    current = getattr(_thread, "world", None) or _world
+    if current is not None:
+        if backend not in (None, "auto", current.backend):
+            raise ValueError(f"backend: already running on {current.backend}, asked for {backend}; finalize() first")
+        return current
+    settings = Settings.from_env()
+    wanted = backend or settings.backend
+    limit = settings.timeout if timeout is None else timeout
+    comm: Communicator
+    if dist.is_initialized() and wanted in ("auto", dist.get_backend()):
+        comm = torch_native.wrap_default_group(timeout)
+        _launch = Launch("host program", comm.rank, comm.size, None, None, None, None, {})
+    else:
+        _launch = discover()
+        comm = bootstrap.connect(bootstrap.choose(_launch) if wanted == "auto" else wanted, _launch, limit)
+    _world = Group(comm, range(comm.size), bootstrap.capabilities(comm, settings), settings.fallback)
+    if comm.name == "mpi" and comm.size > 1:
+        _abort_when_uncaught()
+    return _world
+
+
+def finalize() -> None:
+    """Leave the job: release every group. Waits for no other rank. Afterwards init may be called again."""
+    global _world, _launch
+    if getattr(_thread, "world", None) is not None:
+        raise CommError("finalize: the world of run_local ends with the function it runs")
+    if _world is not None:
+        _world.close()
+    _world = _launch = None
+
+
+def is_initialized() -> bool:
+    return (getattr(_thread, "world", None) or _world) is not None
+
+
+def world() -> Group:
+    """The group of all ranks. Raises CommError before init."""
+    found = getattr(_thread, "world", None) or _world
+    if found is None:
+        raise CommError("commlayer is not initialised: call commlayer.init() first")
+    return found
+
+
+def launched() -> Launch | None:
+    """How this process was started, as init found it."""
+    return _launch
+
+
+def resolve(group: Group | None) -> Group:
+    """The group an operation runs on: the world where none is given."""
+    if group is None:
+        return world()
+    if not isinstance(group, Group):
+        raise TypeError(f"group: expected a commlayer Group, got {type(group).__name__}")
+    return group
+
+
+def run_local(
+    fn: Callable[[], Any],
+    ranks: int = 4,
+    *,
+    profile: str | None = None,
+    disable: str = "",
+    timeout: float = 60.0,
+) -> list[Any]:
+    """Run ``fn()`` on thread ranks of this process, each with a world of its own; their results in rank order.
+
+    For notebooks and tests: the same functions, contracts and plans as on any backend. ``profile`` and ``disable``
+    are as COMMLAYER_PROFILE and COMMLAYER_DISABLE. If a rank raises, the others get PeerLost and the first rank's
+    error is raised here.
+
+    >>> run_local(lambda: int(commlayer.all_reduce(torch.tensor(commlayer.world().rank))), ranks=3)
+    [3, 3, 3]
+    """
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+        raise ValueError(f"ranks: expected a positive int, got {ranks!r}")
+    settings = Settings(profile=profile, disable=disable, timeout=checked_timeout(timeout))
+    seats = threads.new_world(ranks, settings.timeout)
+    results: list[Any] = [None] * ranks
+    errors: list[tuple[int, BaseException]] = []
+
+    def run(seat: threads.Threads) -> None:
+        try:
+            _thread.world = Group(seat, range(ranks), bootstrap.capabilities(seat, settings))
+            results[seat.rank] = fn()
+        except BaseException as error:
+            errors.append((seat.rank, error))
+            seat.abort(error)
+        finally:
+            _thread.world = None
+
+    started = [threading.Thread(target=run, args=(seat,), daemon=True) for seat in seats]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    if errors:
+        # Lost peers are a consequence; the error that started it is the news.
+        raise min(errors, key=lambda item: (isinstance(item[1], PeerLost), item[0]))[1]
+    return results
+
+
+def _abort_when_uncaught() -> None:
+    """Let an uncaught exception end the job: MPI_Finalize at exit would wait for peers that wait for us."""
+    previous = sys.excepthook
+
+    def hook(kind: Any, error: Any, trace: Any) -> None:
+        previous(kind, error, trace)
+        sys.stderr.flush()
+        if _world is not None:
+            _world.abort(error)
+
+    sys.excepthook = hook

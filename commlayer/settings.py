@@ -1,0 +1,52 @@
+"""The environment variables the layer reads, once, in ``init``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+VARIABLES = {
+    "COMMLAYER_BACKEND": "auto (default), gloo, mpi, nccl, xccl, ccl, single, or any torch.distributed backend",
+    "COMMLAYER_PROFILE": "a capability profile to obey: a shipped name such as xccl-2.8, or a file",
+    "COMMLAYER_DISABLE": "capabilities to do without, such as all_to_all,all_reduce:avg@bfloat16",
+    "COMMLAYER_FALLBACK": "silent (default), warn or error: what happens when an operation is emulated",
+    "COMMLAYER_LAUNCHER": "which launcher's variables count when several disagree",
+    "COMMLAYER_TIMEOUT": "seconds an operation may take before CommTimeout (default 600)",
+}
+POLICIES = ("silent", "warn", "error")
+
+
+@dataclass(frozen=True)
+class Settings:
+    backend: str = "auto"
+    profile: str | None = None
+    disable: str = ""
+    fallback: str = "silent"
+    timeout: float = 600.0
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
+        """Read and check the variables; ValueError names the one that is wrong."""
+        env = os.environ if env is None else env
+        fallback = env.get("COMMLAYER_FALLBACK", "silent").lower()
+        if fallback not in POLICIES:
+            raise ValueError(f"COMMLAYER_FALLBACK={fallback!r}: expected one of {', '.join(POLICIES)}")
+        raw = env.get("COMMLAYER_TIMEOUT", "600")
+        try:
+            timeout = float(raw)
+        except ValueError:
+            timeout = -1.0
+        return cls(
+            backend=env.get("COMMLAYER_BACKEND", "").lower() or "auto",
+            profile=env.get("COMMLAYER_PROFILE") or None,
+            disable=env.get("COMMLAYER_DISABLE", ""),
+            fallback=fallback,
+            timeout=checked_timeout(timeout, f"COMMLAYER_TIMEOUT={raw!r}"),
+        )
+
+
+def checked_timeout(timeout: float, name: str = "timeout") -> float:
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < 1e9:
+        raise ValueError(f"{name}: expected a positive number of seconds, got {timeout!r}")
+    return float(timeout)

@@ -1,0 +1,143 @@
+"""Configuration of a training run: a YAML file, overrides ``key=value`` on top, and errors that name the key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+SHIPPED = Path(__file__).parent / "configs"
+
+
+@dataclass
+class Optimizer:
+    """AdamW under a cosine schedule; ``warmup`` is a fraction of all steps, ``final`` one of the peak rate."""
+
+    lr: float = 5e-4
+    weight_decay: float = 0.1
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    warmup: float = 0.05
+    final: float = 0.0
+    clip: float = 1.0  # largest gradient norm; 0: no clipping
+
+
+@dataclass
+class Config:
+    """One training run.
+
+    ``data`` is ``source`` (netcdf or era5), ``workers``, and the arguments of that source's function; ``model`` is
+    ``size`` (of ``models.vit.SIZES``) and whatever differs from it. ``batch`` is global: the ranks share it.
+    """
+
+    name: str = "run"
+    output: str = "runs/run"
+    seed: int = 0
+    threads: int = 0  # CPU threads per rank; 0: torch's choice
+    epochs: int = 10
+    steps: int = 0  # if set, the length of the run instead of epochs
+    batch: int = 16
+    validate_every: int = 1  # epochs
+    latitude_weighted: bool = True  # loss and RMSE weighted by cos(latitude), the area of a grid cell
+    variable: str = ""  # the channel for headlines and pictures; "": the first
+    require_skill: bool = False  # exit status 1 unless the forecast beats persistence
+    bucket_mb: float = 25.0
+    data: dict[str, Any] = field(default_factory=lambda: {"source": "netcdf"})
+    model: dict[str, Any] = field(default_factory=lambda: {"size": "demo"})
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a shipped configuration by its bare name, or a file by its path, and apply ``a.b=value`` overrides."""
+    tree = _parse_file(_find(name))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"override: expected key=value, got {override!r}")
+        _set(tree, key, _yaml().safe_load(value))
+    return _build(Config, tree, "")
+
+
+def dump(config: Config) -> str:
+    """As YAML; :func:`load` reads it back."""
+    return str(_yaml().safe_dump(asdict(config), sort_keys=False))
+
+
+def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """ValueError for a key that nobody reads, with the nearest one that somebody does."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise ValueError(f"unknown key '{where}{key}': {hint}known here: {', '.join(known)}")
+
+
+def _find(name: str) -> Path:
+    for path in (Path(name), SHIPPED / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    shipped = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+    raise FileNotFoundError(f"config: no file {name!r}, and no shipped configuration of this name ({shipped})")
+
+
+def _parse_file(path: Path) -> dict[str, Any]:
+    yaml = _yaml()
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected keys and values, got {type(tree).__name__}")
+    return tree
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"override: '{parent}' in '{key}' is not a section")
+    tree[last] = value
+
+
+def _build(kind: type, given: Any, where: str) -> Any:
+    if not isinstance(given, dict):
+        raise ValueError(f"{where.rstrip('.')}: expected a section of keys, got {given!r}")
+    check_keys(given, [f.name for f in fields(kind)], where)
+    defaults = kind()
+    values = {}
+    for key, value in given.items():
+        default = getattr(defaults, key)
+        if is_dataclass(default):
+            values[key] = _build(type(default), value, f"{where}{key}.")
+        else:
+            values[key] = _typed(value, default, f"{where}{key}")
+    return kind(**values)
+
+
+def _typed(value: Any, default: Any, key: str) -> Any:
+    if isinstance(default, float) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 3e-4, without a point, as text
+        except (TypeError, ValueError):
+            pass
+    if isinstance(default, list) and isinstance(value, list) and len(value) == len(default):
+        return [_typed(v, d, f"{key}[{i}]") for i, (v, d) in enumerate(zip(value, default, strict=True))]
+    if type(value) is not type(default) or isinstance(default, list):
+        expected = f"a list like {default}" if isinstance(default, list) else type(default).__name__
+        raise ValueError(f"{key}: expected {expected}, got {value!r}")
+    return value
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise ImportError("configurations need PyYAML: pip install commlayer[train]") from None
+    return yaml

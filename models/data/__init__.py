@@ -1,0 +1,1 @@
+"""Data sources: real gridded fields, and how ranks share them."""

@@ -1,0 +1,57 @@
+"""Which samples a rank sees: a global order, cut into global batches, dealt out to the data-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+class ShardedBatches(Sampler[list[int]]):
+    """Batch sampler: per step, this rank's share of the global batch.
+
+    The order depends on (seed, epoch) alone, so any number of ranks walks through the same global batches and a
+    run on 4 ranks is comparable with a serial one. Every sample is used exactly once per epoch; every rank takes
+    the same number of steps. Shares of one batch differ by at most one sample, and may be **empty** on some ranks
+    when the last batch is smaller than their number: nothing is dropped, and nothing is counted twice to make up
+    the numbers. So losses have to be divided by :meth:`global_sizes`, not by the local size.
+
+    Args:
+        samples: size of the data set.
+        batch: samples per step over all ranks together.
+        rank, size: of the data-parallel group. Ranks that share a sample (tensor, context parallel) pass the same.
+        shuffle: draw a new order in every epoch; else 0, 1, 2, …
+    """
+
+    def __init__(
+        self, samples: int, batch: int, *, rank: int = 0, size: int = 1, shuffle: bool = True, seed: int = 0
+    ) -> None:
+        if samples < 1:
+            raise ValueError(f"samples: nothing to draw from, got {samples}")
+        if batch < 1:
+            raise ValueError(f"batch: must be at least 1, got {batch}")
+        if not 0 <= rank < size:
+            raise ValueError(f"rank: expected 0 … {size - 1} for size {size}, got {rank}")
+        self.samples, self.batch, self.rank, self.size = samples, batch, rank, size
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass; call it on every rank alike."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.samples // self.batch)
+
+    def global_sizes(self) -> list[int]:
+        """Samples of each step over all ranks: known without communication."""
+        return [min(self.batch, self.samples - start) for start in range(0, self.samples, self.batch)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(range(self.samples))
+        if self.shuffle:
+            # One integer from (seed, epoch), so that seed 0 epoch 1 is not seed 1 epoch 0.
+            generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+            order = torch.randperm(self.samples, generator=generator).tolist()
+        for start in range(0, self.samples, self.batch):
+            yield order[start : start + self.batch][self.rank :: self.size]

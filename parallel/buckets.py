@@ -1,0 +1,130 @@
+"""Flat buckets of gradients: what data parallelism reduces, and how it stays in step when ranks differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from commlayer import UnsupportedOperation, Work
+from commlayer.errors import CommError
+
+
+class Slot:
+    """The place of one parameter's gradient in a bucket."""
+
+    def __init__(self, name: str, param: nn.Parameter, view: Tensor) -> None:
+        self.name, self.param, self.view = name, param, view
+
+    def attach(self) -> None:
+        """Make ``p.grad`` the view. Backward makes a new tensor where ``zero_grad()`` has set it to None."""
+        grad = self.param.grad
+        if grad is self.view:
+            return
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise UnsupportedOperation(f"the gradient of {self.name} is sparse; DataParallel reduces dense ones")
+        if grad.requires_grad:
+            raise UnsupportedOperation(
+                f"the gradient of {self.name} has a graph (create_graph=True), which the reduction would drop; "
+                "use torch.autograd.grad for derivatives inside the loss"
+            )
+        if grad.dtype != self.view.dtype or grad.device != self.view.device:
+            raise ValueError(
+                f"{self.name} became {grad.dtype} on {grad.device} after DataParallel was built for "
+                f"{self.view.dtype} on {self.view.device}; convert the module first"
+            )
+        self.view.copy_(grad)
+        self.param.grad = self.view
+
+
+class Bucket:
+    """Gradients that are reduced together: ``flat`` holds the views of the slots, then one flag per slot."""
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]]) -> None:
+        like = named[0][1]
+        total = sum(p.numel() for _, p in named)
+        self.flat = torch.zeros(total + len(named), dtype=like.dtype, device=like.device)
+        self.flags = self.flat[total:]
+        self.slots: list[Slot] = []
+        start = 0
+        for name, p in named:
+            # The parameter's own strides if it is dense (channels_last), as optimizers like it.
+            strides = torch.empty_like(p, device="meta").stride()
+            self.slots.append(Slot(name, p, self.flat.as_strided(p.shape, strides, start)))
+            start += p.numel()
+        self.missing = set(self.slots)
+        self.unused: list[int] = []
+        self.work = Work()
+        self._streams: set[Any] = set()
+
+    def mark_ready(self, slot: Slot) -> None:
+        if slot not in self.missing:
+            raise CommError(
+                f"DataParallel: {slot.name} got a gradient twice in one backward, the first of which may be on its "
+                "way already (a parameter shared by re-entrant checkpoints? use use_reentrant=False)"
+            )
+        self.missing.remove(slot)
+        if self.flat.device.type != "cpu":
+            self._streams.add(torch.accelerator.current_stream(self.flat.device))
+
+    def collect(self) -> None:
+        """Complete the bucket for its reduction."""
+        if self._streams:  # gradients may come from several streams; the reduction follows the current one only
+            current = torch.accelerator.current_stream(self.flat.device)
+            for stream in self._streams - {current}:
+                current.wait_stream(stream)
+            self._streams.clear()
+        self.flags.fill_(1)
+        for i, slot in enumerate(self.slots):
+            if slot.param.grad is not None:
+                slot.attach()  # also a gradient that was accumulated or set outside this backward
+            else:
+                slot.view.zero_()
+                self.flags[i] = 0
+                self.unused.append(i)
+
+    def deliver(self) -> None:
+        """Hand the result to parameters that only other ranks used, and make ready for the next backward."""
+        if self.unused:  # only then the flags are looked at: on a GPU that waits for the reduction
+            used_somewhere = (self.flags.abs() > 0).tolist()
+            for i in self.unused:
+                if used_somewhere[i]:
+                    self.slots[i].param.grad = self.slots[i].view
+        self.unused.clear()
+        self.missing = set(self.slots)
+        self.work = Work()
+
+
+def make_buckets(module: nn.Module, limit: int) -> list[Bucket]:
+    # named_parameters yields tied parameters once. Those of size zero have nothing to reduce.
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad and p.numel()]
+    names = {p: n for n, p in named}
+    packs = packs_of([p for _, p in reversed(named)], limit)
+    return [Bucket([(names[p], p) for p in pack]) for pack in packs]
+
+
+@dataclass
+class _Pack:
+    tensors: list[Any] = field(default_factory=list)
+    nbytes: int = 0
+    last: int = 0
+
+
+def packs_of(tensors: Iterable[Tensor], limit: int) -> list[list[Any]]:
+    """Tensors packed by dtype and device up to ``limit`` bytes, in the order in which the packs are complete."""
+    packs: list[_Pack] = []
+    growing: dict[tuple[torch.dtype, torch.device], _Pack] = {}
+    for i, t in enumerate(tensors):
+        key = t.dtype, t.device
+        if key not in growing or growing[key].nbytes + t.nbytes > limit:
+            growing[key] = _Pack()
+            packs.append(growing[key])
+        pack = growing[key]
+        pack.tensors.append(t)
+        pack.nbytes += t.nbytes
+        pack.last = i
+    return [pack.tensors for pack in sorted(packs, key=lambda pack: pack.last)]

@@ -1,0 +1,219 @@
+"""Data parallelism: every rank holds the whole model, sees its own samples, and ends with the mean gradient.
+
+The algorithm is that of Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel
+Training" (PVLDB 13(12)), built on commlayer's public functions alone:
+
+1. At construction rank 0's parameters and buffers are broadcast, so that all ranks start alike.
+2. Gradients live in a few flat *buckets*, one dtype and device each, filled in reverse order of registration,
+   which is roughly the order in which backward produces them. ``p.grad`` is a view into its bucket.
+3. A hook on each parameter marks its gradient as ready. A bucket whose gradients are all ready is averaged over
+   the ranks, asynchronously and in place, while backward goes on with earlier layers.
+4. At the end of backward the rest is started, and everything is waited for.
+
+What keeps the ranks in step, whatever their data did: buckets are the same on all ranks (checked), they start in
+one fixed order (one that is ready early waits for its turn), and all of them start in every synchronised backward.
+A parameter without a gradient on this rank brings zeros. Each bucket ends with a flag per parameter, 1 where this
+rank has a gradient, so the same all-reduce tells whether any rank has one: a parameter that **no** rank used keeps
+``grad`` as it was, None after ``zero_grad()``, as torch's DistributedDataParallel does with
+``find_unused_parameters=True``, but without a second collective.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import commlayer
+from commlayer import AVG, Group, UnsupportedOperation
+from commlayer.errors import CommError
+from parallel.buckets import Bucket, Slot, make_buckets, packs_of
+
+
+class DataParallel(nn.Module):
+    """Wrap a module so that ``backward()`` leaves the mean of all ranks' gradients in ``p.grad``.
+
+    Where ranks have different numbers of samples, sum the losses and multiply by ``size / global count``: the
+    mean over ranks then is the mean over samples. A rank without samples runs an empty batch. (A rank whose
+    backward reaches no parameter at all would take no part; the others would wait for it until the timeout.)
+
+    Gradient accumulation: run all but the last backward under :meth:`no_sync`. Frozen parameters
+    (``requires_grad=False`` at construction) are left alone, tied ones are reduced once. The state dict is that
+    of the wrapped module, without a prefix.
+
+    Args:
+        module: on the device it will train on; every rank passes the same architecture.
+        group: the data-parallel ranks; by default the world.
+        bucket_mb: size of a bucket in MiB; the result does not depend on it, the overlap does.
+        sync_buffers: before each training forward, broadcast rank 0's buffers (running statistics of batch norm).
+
+    Raises:
+        ValueError: on all ranks, when parameters or ``bucket_mb`` differ between ranks.
+        UnsupportedOperation: for sparse gradients, and for a second derivative through ``p.grad``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        group: Group | None = None,
+        *,
+        bucket_mb: float = 25.0,
+        sync_buffers: bool = True,
+    ) -> None:
+        super().__init__()
+        if not bucket_mb > 0:
+            raise ValueError(f"bucket_mb: must be positive, got {bucket_mb}")
+        _check_module(module)
+        self.module = module
+        self.group = commlayer.world() if group is None else group
+        self.sync_buffers = sync_buffers
+        self._bytes = int(bucket_mb * 2**20)
+        self._check_alike()
+        self._broadcast([*module.parameters(), *module.buffers()])
+
+        self._frozen = [p for p in module.parameters() if not p.requires_grad]
+        self._buckets = make_buckets(module, self._bytes) if self.group.size > 1 else []
+        self._sync = True
+        self._open = False  # between the first gradient of a synchronised backward and its end
+        self._task: int | None = None  # the engine's id of the backward that will call _finish
+        self._launched = 0  # buckets started in this backward: always the first ones
+        self._arrived = 0  # and of these, the first ones that are known to be done
+        # Parameters outlive this wrapper, so their hooks must neither keep it alive nor stay behind.
+        handles = []
+        for bucket in self._buckets:
+            for slot in bucket.slots:
+                hook = _hook(weakref.ref(self), bucket, slot)
+                handles.append(slot.param.register_post_accumulate_grad_hook(hook))
+        weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+        self.register_load_state_dict_pre_hook(_insert_prefix)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            self._check_state()
+        if self.sync_buffers and self._sync and self.training and torch.is_grad_enabled():
+            self._broadcast(list(self.module.buffers()))
+        return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes in here add to this rank's gradients and communicate nothing.
+
+        The next one outside averages the sum. Enter and leave on all ranks alike.
+        """
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.state_dict(*args, **kwargs)
+
+    # What happens in backward ------------------------------------------------------------------------------
+
+    def _ready(self, bucket: Bucket, slot: Slot) -> None:
+        slot.attach()
+        if not self._sync:
+            return
+        self._open = True
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+        bucket.mark_ready(slot)
+        while self._launched < len(self._buckets) and not self._buckets[self._launched].missing:
+            self._launch_next()
+        # Ask, although nobody needs the answer yet: some backends (MPI) move data only inside their calls.
+        while self._arrived < self._launched and self._buckets[self._arrived].work.done():
+            self._arrived += 1
+
+    def _launch_next(self) -> None:
+        bucket = self._buckets[self._launched]
+        bucket.collect()
+        flat = bucket.flat
+        bucket.work = commlayer.all_reduce(flat, AVG, group=self.group, out=flat, async_op=True)
+        self._launched += 1
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """End of backward. Called once more than needed where backward passes nest (re-entrant checkpoints)."""
+        if not self._open:
+            return
+        while self._launched < len(self._buckets):
+            self._launch_next()
+        for bucket in self._buckets:
+            bucket.work.wait()
+        for bucket in self._buckets:
+            bucket.deliver()
+        self._open, self._task, self._launched, self._arrived = False, None, 0, 0
+
+    # Agreement ---------------------------------------------------------------------------------------------
+
+    def _check_state(self) -> None:
+        if self._open and torch._C._current_graph_task_id() == -1:
+            raise CommError(
+                "DataParallel: the last backward broke off halfway, so this rank and the others may have "
+                "started different reductions; restart from a checkpoint"
+            )
+        if any(p.requires_grad for p in self._frozen):
+            names = [n for n, p in self.module.named_parameters() if any(p is q for q in self._frozen)]
+            raise ValueError(
+                f"requires_grad of one of {', '.join(names)} was set after DataParallel was built, which "
+                "would leave its gradient unreduced; wrap the module again"
+            )
+
+    def _check_alike(self) -> None:
+        """All ranks raise, rather than one of them, while the others wait for it in a reduction."""
+        mine = [f"bucket_mb {self._bytes / 2**20:g}"]
+        for name, t in [*self.module.named_parameters(), *self.module.named_buffers()]:
+            frozen = isinstance(t, nn.Parameter) and not t.requires_grad
+            mine.append(f"{name}: {str(t.dtype)[6:]} {list(t.shape)}{' frozen' if frozen else ''}")
+        digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
+        if len(set(commlayer.all_gather_object(digest, group=self.group))) == 1:
+            return
+        everyone = commlayer.all_gather_object(mine, group=self.group)
+        for rank, theirs in enumerate(everyone):
+            for i in range(max(len(theirs), len(everyone[0]))):
+                pair = [entries[i] if i < len(entries) else "nothing" for entries in (everyone[0], theirs)]
+                if pair[0] != pair[1]:
+                    raise ValueError(f"module: rank 0 has {pair[0]}, rank {rank} has {pair[1]}")
+
+    @torch.no_grad()
+    def _broadcast(self, tensors: list[Tensor]) -> None:
+        """From rank 0, in place, packed: many small tensors cost one message."""
+        if self.group.size == 1:
+            return
+        for pack in packs_of([t for t in tensors if t.numel()], self._bytes):
+            flat = torch.cat([t.detach().reshape(-1) for t in pack])
+            commlayer.broadcast(flat, src=0, group=self.group, out=flat)
+            for t, part in zip(pack, flat.split([t.numel() for t in pack]), strict=True):
+                t.copy_(part.view(t.shape))
+
+
+def _hook(parallel: weakref.ref[DataParallel], bucket: Bucket, slot: Slot) -> Callable[[Tensor], None]:
+    @torch.no_grad()  # backward(create_graph=True) runs hooks with gradients enabled
+    def ready(_: Tensor) -> None:
+        if (alive := parallel()) is not None:
+            alive._ready(bucket, slot)
+
+    return ready
+
+
+def _check_module(module: nn.Module) -> None:
+    for name, child in module.named_modules():
+        if isinstance(child, DataParallel):
+            raise ValueError(f"{name or 'module'}: already wrapped in DataParallel")
+        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.sparse:
+            raise UnsupportedOperation(
+                f"{name or 'module'}: an embedding with sparse=True; DataParallel reduces dense gradients"
+            )
+
+
+def _insert_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        state_dict[f"{prefix}module.{key[len(prefix):]}"] = state_dict.pop(key)
