@@ -7,7 +7,7 @@ accumulate in float32. Integers wrap. On bool, SUM and MAX are OR, PRODUCT and M
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -74,9 +74,11 @@ def combine(rows: Sequence[torch.Tensor], op: str) -> torch.Tensor:
 
 
 def _mean(rows: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    wide = _wide(dtype) or dtype
-    total = functools.reduce(torch.add, [row.to(wide) for row in rows])
-    return (total / len(rows)).to(dtype)
+    wide = _wide(dtype)
+    if wide is None:
+        return functools.reduce(torch.add, rows) / len(rows)
+    # Divided first: the sum of bfloat16's largest values overflows even in float32.
+    return functools.reduce(torch.add, [row.to(wide) / len(rows) for row in rows]).to(dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype | None:
@@ -93,7 +95,7 @@ def _combine_unsigned(rows: Sequence[torch.Tensor], op: str) -> torch.Tensor:
     return (result ^ flip).view(rows[0].dtype)
 
 
-_PLAIN = {
+_PLAIN: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "sum": torch.add,
     "product": torch.mul,
     "min": torch.minimum,
@@ -102,7 +104,7 @@ _PLAIN = {
     "bor": torch.bitwise_or,
     "bxor": torch.bitwise_xor,
 }
-_BOOL = {
+_BOOL: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "sum": torch.logical_or,
     "max": torch.logical_or,
     "bor": torch.logical_or,

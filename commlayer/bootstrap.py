@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import socket
 from datetime import timedelta
 from typing import Any
@@ -79,6 +80,7 @@ def _device(backend: str, launch: Launch) -> torch.device:
         remedy = "a CUDA build of torch and a visible NVIDIA GPU" if kind == "cuda" else "an XPU build of torch"
         raise BackendUnavailable(f"backend {backend}: no {kind} device is usable; it needs {remedy}")
     index = bind_device(launch, kind, module.device_count())
+    assert index is not None
     module.set_device(index)
     return torch.device(kind, index)
 
@@ -89,7 +91,7 @@ def _store(launch: Launch, rank: int, size: int, timeout: float) -> Any:
     if size == 1:
         return dist.HashStore()
     try:
-        if launch.launcher == "torchrun":
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun keeps the store itself
             return next(iter(dist.rendezvous("env://", rank, size, timeout=limit)))[0]
         if launch.master_addr and launch.master_port:
             address, port = launch.master_addr, launch.master_port
@@ -98,7 +100,7 @@ def _store(launch: Launch, rank: int, size: int, timeout: float) -> Any:
             return _store_by_mpi(launch, rank, size, limit)
     except (RuntimeError, OSError) as error:
         raise CommTimeout(
-            f"rank {rank} of {size} could not reach the job's store at {launch.master_addr}:{launch.master_port}: {error}"
+            f"rank {rank} of {size} could not reach the store at {launch.master_addr}:{launch.master_port}: {error}"
         ) from error
     raise LaunchError(
         f"{launch.launcher} does not say where rank 0 is: set MASTER_ADDR and MASTER_PORT on every rank, or "

@@ -170,16 +170,15 @@ class Profile:
         rules = []
         for rule in self.rules:
             raw: dict[str, Any] = {
-                column: sorted(getattr(rule, column))
-                for column in _COLUMNS
-                if getattr(rule, column) is not None
+                column: sorted(getattr(rule, column)) for column in _COLUMNS if getattr(rule, column) is not None
             }
             raw["status"] = rule.status
             raw.update({key: getattr(rule, key) for key in ("source", "note") if getattr(rule, key)})
             rules.append(raw)
-        head = {"schema": SCHEMA, "name": self.name, "backend": self.backend}
+        head: dict[str, Any] = {"schema": SCHEMA, "name": self.name, "backend": self.backend}
         head |= {"versions": dict(self.versions), "summary": self.summary, "sources": dict(self.sources)}
-        return json.dumps({**head, "rules": rules}, indent=1)
+        body = ",\n  ".join(map(json.dumps, rules))  # a rule a line, for people
+        return f'{json.dumps(head, indent=1)[:-2]},\n "rules": [\n  {body}\n ]\n}}\n'
 
 
 EVERYTHING = Profile("everything", (Rule("native"),), summary="Every request that has a meaning.")
@@ -254,8 +253,8 @@ class CapabilitySet:
 
     def status(self, request: Request) -> tuple[str, str]:
         """One of ``STATUSES``, and who says so: profile, source and note."""
-        for rule in self.disabled:
-            if rule.matches(request):
+        for taken in self.disabled:
+            if taken.matches(request):
                 return "absent", "disabled by hand"
         verdict = ("native", "")
         for profile in self.profiles:

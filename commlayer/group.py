@@ -113,8 +113,9 @@ class Planned:
         carriers = {found.parts[0].request.dtype for found in plans if found.parts and not found.emulated}
         if len(carriers) == 1 and not any(found.emulated for found in plans):
             carrier = carriers.pop()
-            views = [[(x.view(carrier), rank) for x, rank in messages] for messages in (sends, recvs)]
-            return self.exchange(*views, tag)
+            sends = [(x.view(carrier), rank) for x, rank in sends]
+            recvs = [(x.view(carrier), rank) for x, rank in recvs]
+            return self.exchange(sends, recvs, tag)
         works = [self.recv(x, src, tag) for x, src in recvs]
         return gather_works(works + [self.send(x, dst, tag) for x, dst in sends])
 
@@ -154,6 +155,10 @@ class Group:
         self._policy = policy
         self._comm = comm
         self._children: list[Group] = []
+        self.rank: int
+        self.backend: str
+        self.device: torch.device
+        self.timeout: float
         if comm is None:
             assert parent is not None
             self.rank, self.backend, self.device, self.timeout = -1, parent.backend, parent.device, parent.timeout

@@ -50,7 +50,7 @@ class _Row:
     node: str = ""
     nodes: str = ""  # number of nodes, over which the ranks are spread evenly
     hosts: str = ""  # host list or file whose first host has rank 0
-    job: str = ""  # the same on every rank and in no other job; with step, in no other part of the job
+    job: str = ""  # the same on every rank and, together with step, in no other program that runs
     step: str = ""
     mpi: str = ""  # any of these shows that MPI finds its peers
     needs: str = ""  # unless one of these is set too, it was not this launcher
@@ -60,7 +60,6 @@ class _Row:
 
 _SLURM_HOSTS = "SLURM_STEP_NODELIST SLURM_JOB_NODELIST SLURM_NODELIST"
 _SLURM_STEP = "SLURM_STEP_ID SLURM_STEPID"
-_ANY_JOB = "SLURM_JOB_ID SLURM_JOBID PBS_JOBID LSB_JOBID FLUX_JOB_ID"
 
 # In order of precedence: what may run inside another stands before it.
 #
@@ -70,7 +69,8 @@ _ANY_JOB = "SLURM_JOB_ID SLURM_JOBID PBS_JOBID LSB_JOBID FLUX_JOB_ID"
 # brokers are: the inner one counts.
 #
 # Which have hosts: those that put rank 0 on the first host and show every rank the same list. mpiexec may do
-# neither (-hosts b,a; Open MPI's daemons are a Slurm step without the first node), so there MPI answers.
+# neither (-hosts b,a; Open MPI's daemons are a Slurm step without the first node): there MPI answers. Hydra
+# has no job either: two mpiexec side by side in one allocation must not meet at the port made from its id.
 _ROWS: dict[str, _Row] = {
     # RANK and WORLD_SIZE exported by a script tell of the process that some launcher started, and must agree
     # with it: a stale WORLD_SIZE=1 would split the job in silence. torchrun itself marks its children.
@@ -81,7 +81,7 @@ _ROWS: dict[str, _Row] = {
     # PMI_RANK is set by Slurm, Flux and Cray as well, MPI_LOCALRANKID by Hydra alone.
     "hydra": _Row(
         "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS",
-        job=_ANY_JOB, mpi="PMI_RANK", needs="MPI_LOCALRANKID", same="openmpi",
+        mpi="PMI_RANK", needs="MPI_LOCALRANKID", same="openmpi",
     ),
     "flux": _Row(
         "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", nodes="FLUX_JOB_NNODES",
@@ -102,8 +102,8 @@ _ROWS: dict[str, _Row] = {
     # Under Slurm, which then sets PALS_RANKID too, or under PALS, where PMI_SIZE may be missing.
     "cray-pmi": _Row(
         "PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE",
-        hosts=f"{_SLURM_HOSTS} PBS_NODEFILE", job="PALS_APID SLURM_JOB_ID PBS_JOBID", mpi="PMI_RANK",
-        needs="PMI_LOCAL_RANK", same="slurm pals pmix",
+        hosts=f"{_SLURM_HOSTS} PBS_NODEFILE", job="PALS_APID SLURM_JOB_ID PBS_JOBID", step=_SLURM_STEP,
+        mpi="PMI_RANK", needs="PMI_LOCAL_RANK", same="slurm pals pmix",
     ),
     # A batch script or salloc shell is one process, although it has SLURM_PROCID=0 and SLURM_NTASKS=8: only
     # srun makes a step, and the step's own count is the true one.
@@ -119,12 +119,8 @@ _ROWS: dict[str, _Row] = {
         hosts="PBS_NODEFILE", job="PALS_APID PBS_JOBID", mpi="PALS_RANKID", same="pmi pmix",
     ),
     # The bare protocols (mpiexec.gforker, other PMI and PMIx servers) say nothing of nodes; a user may.
-    "pmi": _Row(
-        "PMI_RANK", "PMI_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", job=_ANY_JOB, mpi="PMI_RANK", same="pmix"
-    ),
-    "pmix": _Row(
-        "PMIX_RANK", "", "LOCAL_RANK", "LOCAL_WORLD_SIZE", job="PMIX_NAMESPACE", mpi="PMIX_RANK"
-    ),
+    "pmi": _Row("PMI_RANK", "PMI_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", mpi="PMI_RANK", same="pmix"),
+    "pmix": _Row("PMIX_RANK", "", "LOCAL_RANK", "LOCAL_WORLD_SIZE", job="PMIX_NAMESPACE", mpi="PMIX_RANK"),
 }  # fmt: skip
 
 LAUNCHERS = (*_ROWS, "none")
@@ -135,8 +131,9 @@ _NODE_FILES = {"PBS_NODEFILE": 0, "LSB_DJOB_RANKFILE": 1}
 _PORTS = range(20000, 32768)  # above, Linux hands them out to any outgoing connection
 _MASKS = {
     "cuda": "CUDA_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES HIP_VISIBLE_DEVICES",
-    "xpu": "ZE_AFFINITY_MASK ONEAPI_DEVICE_SELECTOR",
+    "xpu": "ZE_AFFINITY_MASK",
 }
+_NOTHING = {"SLURM_MPI_TYPE": "none"}  # a value that says no more than an empty one
 _ORIGINS = {
     "tasks_per_node": "local_size",
     "nodes": "local_size",
@@ -172,8 +169,7 @@ def discover(env: Mapping[str, str] = os.environ) -> Launch:
 
 
 def _first_set(names: str, env: Mapping[str, str]) -> str | None:
-    """An empty value, and the "none" of ``srun --mpi=none``, say nothing."""
-    return next((name for name in names.split() if env.get(name, "") not in ("", "none")), None)
+    return next((name for name in names.split() if env.get(name, "") not in ("", _NOTHING.get(name))), None)
 
 
 def _read(row: _Row, env: Mapping[str, str]) -> _Found:
@@ -216,8 +212,8 @@ def _check_agreement(name: str, found: _Found, other: str, filling: _Found, env:
         mine, theirs = found.get(what), filling.get(what)
         if mine and theirs and _int(mine, env) != _int(theirs, env):
             raise LaunchError(
-                f"{mine}={env[mine]} ({name}) and {theirs}={env[theirs]} ({other}) disagree about the {what} "
-                f"of this process: COMMLAYER_LAUNCHER={name} or COMMLAYER_LAUNCHER={other} decides"
+                f"{mine}={env[mine]} ({name}) and {theirs}={env[theirs]} ({other}) disagree on {what}: "
+                f"COMMLAYER_LAUNCHER={name} or COMMLAYER_LAUNCHER={other} decides"
             )
 
 
@@ -266,8 +262,7 @@ def _master_addr(found: _Found, env: Mapping[str, str]) -> str | None:
             return file.read().split()[_NODE_FILES[hosts]]
     except (OSError, UnicodeDecodeError, IndexError) as error:
         raise LaunchError(
-            f"{hosts}={env[hosts]}: no host can be read from this file ({error}); "
-            "set MASTER_ADDR to the host of rank 0"
+            f"{hosts}={env[hosts]}: no host can be read from this file ({error}); set MASTER_ADDR to the host of rank 0"
         ) from error
 
 
@@ -280,9 +275,7 @@ def _master_port(found: _Found, env: Mapping[str, str]) -> int | None:
     return _PORTS[zlib.crc32(os.fsencode(job)) % len(_PORTS)]
 
 
-def bind_device(
-    launch: Launch, device_type: str, device_count: int, env: Mapping[str, str] = os.environ
-) -> int | None:
+def bind_device(launch: Launch, device_type: str, device_count: int, env: Mapping[str, str] = os.environ) -> int | None:
     """Index of this rank's device among the ``device_count`` visible ones; None on the CPU.
 
     Raises ``LaunchError`` when the node has more ranks than devices, or the local rank is unknown.

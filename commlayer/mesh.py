@@ -80,9 +80,7 @@ class Mesh:
     def rank_of(self, **coords: int) -> int:
         """The rank at these coordinates, one for each axis."""
         if set(coords) != set(self.axes):
-            raise ValueError(
-                f"coordinates {coords}: one for each of the axes {'-'.join(self.axes)} is needed"
-            )
+            raise ValueError(f"coordinates {coords}: there must be one for each of {', '.join(self.axes)}")
         for axis, coord in coords.items():
             if not 0 <= coord < self.sizes[axis]:
                 raise ValueError(f"{axis}={coord}: the coordinate must be in 0 … {self.sizes[axis] - 1}")
@@ -105,9 +103,7 @@ class Mesh:
         """All groups of ``axis``: every rank is in exactly one."""
         along = self._split(axis)
         names = self.axes[::-1]
-        dims = sorted(
-            range(len(names)), key=lambda dim: names[dim] in along
-        )  # others first; sorted is stable
+        dims = sorted(range(len(names)), key=lambda dim: names[dim] in along)  # the axis last, else as before
         return [tuple(row) for row in self._table.transpose(dims).reshape(-1, self.size(axis)).tolist()]
 
     def rank(self, axis: str) -> int:
@@ -199,9 +195,7 @@ class Mesh:
         """The single axes of a combined one, in the mesh's order."""
         names = axis.split("-")
         if not set(names) <= set(self.axes) or len(set(names)) < len(names):
-            raise ValueError(
-                f"axis {axis!r}: this mesh has {', '.join(self.axes)}, or several of them joined by '-'"
-            )
+            raise ValueError(f"axis {axis!r}: this mesh has {', '.join(self.axes)}, or several of them joined by '-'")
         return tuple(name for name in self.axes if name in names)
 
 
@@ -213,9 +207,7 @@ def _parse(spec: str | Mapping[str, int]) -> dict[str, int]:
             raise ValueError(f"mesh {spec!r}: {item!r} is not of the form name=size")
         name, size = match[1], int(match[2])
         if size < 1 and size != -1:
-            raise ValueError(
-                f"mesh {spec!r}: {name}={size}, but a size is 1 or more (or -1: to be filled up)"
-            )
+            raise ValueError(f"mesh {spec!r}: {name}={size}, but a size is 1 or more (or -1: to be filled up)")
         if name in sizes:
             raise ValueError(f"mesh {spec!r}: axis {name} stands twice")
         sizes[name] = size
@@ -237,9 +229,7 @@ def _fill(sizes: dict[str, int], world_size: int | None) -> dict[str, int]:
     if world_size is None:
         return sizes
     if world_size % known or (not open_axes and world_size != known):
-        raise ValueError(
-            f"mesh {_spec(sizes)!r}: the sizes make {known}, which does not fit {world_size} ranks"
-        )
+        raise ValueError(f"mesh {_spec(sizes)!r}: the sizes make {known}, which does not fit {world_size} ranks")
     return {axis: world_size // known if size == -1 else size for axis, size in sizes.items()}
 
 
@@ -248,7 +238,5 @@ def _parse_order(order: str | None, sizes: Mapping[str, int]) -> list[str]:
         return [*(a for a in CANONICAL_ORDER if a in sizes), *(a for a in sizes if a not in CANONICAL_ORDER)]
     axes = order.split("-")
     if sorted(axes) != sorted(sizes):
-        raise ValueError(
-            f"order {order!r}: each of the axes {', '.join(sizes)} must stand in it once, and no other"
-        )
+        raise ValueError(f"order {order!r}: each of the axes {', '.join(sizes)} must stand in it once, and no other")
     return axes

@@ -47,13 +47,9 @@ def premul_sum(factor: float | torch.Tensor) -> ReduceOp:
     """
     if isinstance(factor, torch.Tensor):
         if factor.numel() != 1:
-            raise ValueError(
-                f"premul_sum: factor must have one element, got shape {tuple(factor.shape)}"
-            )
+            raise ValueError(f"premul_sum: factor must have one element, got shape {tuple(factor.shape)}")
     elif isinstance(factor, bool) or not isinstance(factor, (int, float)):
-        raise TypeError(
-            f"premul_sum: factor must be a number or a one-element tensor, got {factor!r}"
-        )
+        raise TypeError(f"premul_sum: factor must be a number or a one-element tensor, got {factor!r}")
     return ReduceOp("premul_sum", factor)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import threading
 from collections.abc import Callable
@@ -53,6 +54,7 @@ def init(backend: str | None = None, *, timeout: float | None = None) -> Group:
         _launch = discover()
         comm = bootstrap.connect(bootstrap.choose(_launch) if wanted == "auto" else wanted, _launch, limit)
     _world = Group(comm, range(comm.size), bootstrap.capabilities(comm, settings), settings.fallback)
+    atexit.register(_leave)
     if comm.name == "mpi" and comm.size > 1:
         _abort_when_uncaught()
     return _world
@@ -66,6 +68,12 @@ def finalize() -> None:
     if _world is not None:
         _world.close()
     _world = _launch = None
+
+
+def _leave() -> None:
+    """At exit, while there is still an interpreter to close things in."""
+    if _world is not None:
+        finalize()
 
 
 def is_initialized() -> bool:

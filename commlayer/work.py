@@ -44,7 +44,7 @@ class _Then(Work):
 
     def done(self) -> bool:
         # Ask every part, not only the first unfinished one: asking is what makes MPI progress.
-        return all([work.done() for work in self._works])
+        return all([work.done() for work in self._works])  # noqa: C419
 
     def wait(self, timeout: float | None = None) -> Any:
         for work in self._works:

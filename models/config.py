@@ -1,4 +1,4 @@
-"""Configuration of a training run: a YAML file, overrides ``key=value`` on top, and errors that name the key."""
+"""Configuration of a training run: a YAML file, overrides ``key=value``, and errors that name the key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHIPPED = Path(__file__).parent / "configs"
 
 @dataclass
 class Optimizer:
-    """AdamW under a cosine schedule; ``warmup`` is a fraction of all steps, ``final`` one of the peak rate."""
+    """AdamW on a cosine schedule; ``warmup`` is a fraction of all steps, ``final`` one of the peak rate."""
 
     lr: float = 5e-4
     weight_decay: float = 0.1
@@ -27,8 +27,9 @@ class Optimizer:
 class Config:
     """One training run.
 
-    ``data`` is ``source`` (netcdf or era5), ``workers``, and the arguments of that source's function; ``model`` is
-    ``size`` (of ``models.vit.SIZES``) and whatever differs from it. ``batch`` is global: the ranks share it.
+    ``data`` is ``source`` (netcdf or era5), ``workers``, and the arguments of that source's function;
+    ``model`` is ``size`` (of ``models.vit.SIZES``) and whatever differs from it. ``batch`` is global: the
+    ranks share it.
     """
 
     name: str = "run"
@@ -54,14 +55,15 @@ class Config:
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a shipped configuration by its bare name, or a file by its path, and apply ``a.b=value`` overrides."""
+    """Read a file by its path, or a shipped one by its bare name, and apply ``a.b=value`` overrides."""
     tree = _parse_file(_find(name))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ValueError(f"override: expected key=value, got {override!r}")
         _set(tree, key, _yaml().safe_load(value))
-    return _build(Config, tree, "")
+    config: Config = _typed(tree, Config(), "")
+    return config
 
 
 def dump(config: Config) -> str:
@@ -69,13 +71,19 @@ def dump(config: Config) -> str:
     return str(_yaml().safe_dump(asdict(config), sort_keys=False))
 
 
-def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """ValueError for a key that nobody reads, with the nearest one that somebody does."""
+def section(given: Any, defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of a section, each of the type of its default (None: any).
+
+    ValueError for a wrong type, and for a key that nobody reads, with the nearest one that somebody does.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"{where.rstrip('.') or 'configuration'}: expected a section of keys, got {given!r}")
     for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
+        if key not in defaults:
+            near = difflib.get_close_matches(str(key), defaults, 1)
             hint = f"did you mean '{near[0]}'? " if near else ""
-            raise ValueError(f"unknown key '{where}{key}': {hint}known here: {', '.join(known)}")
+            raise ValueError(f"unknown key '{where}{key}': {hint}known here: {', '.join(defaults)}")
+    return {key: _typed(value, defaults[key], where + key) for key, value in given.items()}
 
 
 def _find(name: str) -> Path:
@@ -83,7 +91,9 @@ def _find(name: str) -> Path:
         if path.is_file():
             return path
     shipped = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
-    raise FileNotFoundError(f"config: no file {name!r}, and no shipped configuration of this name ({shipped})")
+    raise FileNotFoundError(
+        f"config: no file {name!r}, and no shipped configuration of this name ({shipped})"
+    )
 
 
 def _parse_file(path: Path) -> dict[str, Any]:
@@ -106,33 +116,22 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _build(kind: type, given: Any, where: str) -> Any:
-    if not isinstance(given, dict):
-        raise ValueError(f"{where.rstrip('.')}: expected a section of keys, got {given!r}")
-    check_keys(given, [f.name for f in fields(kind)], where)
-    defaults = kind()
-    values = {}
-    for key, value in given.items():
-        default = getattr(defaults, key)
-        if is_dataclass(default):
-            values[key] = _build(type(default), value, f"{where}{key}.")
-        else:
-            values[key] = _typed(value, default, f"{where}{key}")
-    return kind(**values)
-
-
 def _typed(value: Any, default: Any, key: str) -> Any:
+    if is_dataclass(default):
+        defaults = {f.name: getattr(default, f.name) for f in fields(default)}
+        return type(default)(**section(value, defaults, f"{key}." if key else ""))
     if isinstance(default, float) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 3e-4, without a point, as text
         except (TypeError, ValueError):
             pass
-    if isinstance(default, list) and isinstance(value, list) and len(value) == len(default):
-        return [_typed(v, d, f"{key}[{i}]") for i, (v, d) in enumerate(zip(value, default, strict=True))]
-    if type(value) is not type(default) or isinstance(default, list):
-        expected = f"a list like {default}" if isinstance(default, list) else type(default).__name__
-        raise ValueError(f"{key}: expected {expected}, got {value!r}")
-    return value
+    elif isinstance(default, list):
+        if isinstance(value, list) and len(value) == len(default):
+            return [_typed(v, d, f"{key}[{i}]") for i, (v, d) in enumerate(zip(value, default, strict=True))]
+    elif default is None or type(value) is type(default):
+        return value
+    expected = f"a list like {default}" if isinstance(default, list) else type(default).__name__
+    raise ValueError(f"{key}: expected {expected}, got {value!r}")
 
 
 def _yaml() -> Any:

@@ -1,16 +1,17 @@
 """A Vision Transformer for gridded fields: states in, the next state out, on any grid and any patch size.
 
-After Dosovitskiy et al. 2021 (ICLR, "An Image is Worth 16x16 Words"), pre-norm, with a linear head that turns every
-token back into its patch; the sizes are those of the NERSC tutorial "Deep Learning at Scale".
+After Dosovitskiy et al. 2021 (ICLR, "An Image is Worth 16x16 Words"), pre-norm, with a linear head that turns
+every token back into its patch. The sizes include those of the NERSC tutorial "Deep Learning at Scale".
 
 Legend of shape suffixes:
-    B batch, C channels (X of the input, Y of the output), H × W grid (latitude × longitude), R × S patches (rows × columns),
-    P × Q pixels of a patch, T = R·S tokens, E embedding, N heads, D = E/N channels of a head, F hidden channels of the MLP
+    B batch, X input channels, Y output channels, K = X/Y states in the input, H × W grid (latitude ×
+    longitude), R × S patches (rows × columns), P × Q pixels of a patch, V values of a patch (all channels),
+    T = R·S tokens, E embedding, N heads, D = E/N channels of a head, F hidden channels of the MLP
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +23,14 @@ from torch import Tensor, nn
 class ViTConfig:
     """Everything a :class:`ViT` is built from.
 
-    ``patch`` need not divide ``grid``: the grid is padded (with 0, the mean of normalised fields) and the output
-    cropped. ``position`` is ``learned`` or ``sincos``. With ``skip="last"`` the network predicts the tendency: its
-    output is added to the first ``out_channels`` input channels, the newest state, and starts as the persistence
-    forecast; with ``skip="none"`` it predicts the state.
+    - ``patch`` need not divide ``grid``: the grid is padded (with 0, the mean of normalised fields) and the
+      output cropped.
+    - ``position``: ``learned`` or ``sincos``.
+    - ``skip``: what the network's output is added to. ``none``: it predicts the state itself, as the tutorial
+      does. ``last``: the newest state, the first ``out_channels`` of the input; it predicts the tendency, and
+      starts as the persistence forecast. ``mean``: the mean of the input states.
+    - ``centre``: take the mean of the input states off the input. With a skip, a drift of the climate beyond
+      everything in the training data then does no harm: departures look the same in a warmer world.
     """
 
     grid: tuple[int, int]
@@ -38,6 +43,7 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     position: str = "learned"
     skip: str = "none"
+    centre: bool = False
     dropout: float = 0.0
     drop_path: float = 0.0
 
@@ -48,15 +54,22 @@ class ViTConfig:
             raise ValueError(f"position: expected 'learned' or 'sincos', got {self.position!r}")
         if self.position == "sincos" and self.embed % 4:
             raise ValueError(f"embed: must be a multiple of 4 for position 'sincos', got {self.embed}")
-        if self.skip not in ("none", "last"):
-            raise ValueError(f"skip: expected 'none' or 'last', got {self.skip!r}")
-        if self.skip == "last" and self.in_channels < self.out_channels:
+        if self.skip not in ("none", "last", "mean"):
+            raise ValueError(f"skip: expected 'none', 'last' or 'mean', got {self.skip!r}")
+        if self.skip != "none" and (self.in_channels % self.out_channels or not self.in_channels):
             raise ValueError(
-                f"skip: 'last' needs the state among the inputs, got {self.in_channels} input "
-                f"and {self.out_channels} output channels"
+                f"skip: '{self.skip}' needs whole states as input, a multiple of out_channels "
+                f"{self.out_channels}; got in_channels {self.in_channels}"
             )
+        if self.centre and self.skip == "none":
+            raise ValueError("centre: needs a skip; without one nothing tells the level of the forecast")
         sizes = {"in_channels": self.in_channels, "out_channels": self.out_channels, "depth": self.depth}
-        sizes |= {"grid": min(self.grid), "patch": min(self.patches), "embed": self.embed, "heads": self.heads}
+        sizes |= {
+            "grid": min(self.grid),
+            "patch": min(self.patches),
+            "embed": self.embed,
+            "heads": self.heads,
+        }
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
@@ -77,12 +90,9 @@ class ViTConfig:
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> ViTConfig:
-        """One of :data:`SIZES`; the data's ``grid``, ``in_channels`` and ``out_channels`` belong in ``changes``."""
+        """One of :data:`SIZES`, with ``changes``: the data's ``grid``, ``in_channels``, ``out_channels``."""
         if name not in SIZES:
             raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {name!r}")
-        unknown = set(changes) - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown ViT settings {sorted(unknown)}; known: {[f.name for f in fields(cls)]}")
         return cls(**{**SIZES[name], **changes})
 
 
@@ -99,9 +109,9 @@ SIZES: dict[str, dict[str, Any]] = {
 class ViT(nn.Module):
     """Maps x_BXHW to y_BYHW.
 
-    Initialisation: all weights of linear layers and the learned positions from a normal of σ = 0.02 truncated at 2 (absolute,
-    as in the reference implementations), biases 0, norms 1; the head is 0 under ``skip="last"``, so that training
-    starts from persistence.
+    Initialisation: weights of linear layers and learned positions from a normal of σ = 0.02 (cut off at ±2,
+    as in the reference implementations), biases 0, norms 1. With a skip the head is 0, so that training
+    starts from the skip's own forecast.
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -133,20 +143,29 @@ class ViT(nn.Module):
                 module.reset_parameters()
         if self.config.position == "learned":
             nn.init.trunc_normal_(self.position, std=0.02)
-        if self.config.skip == "last":
+        if self.config.skip != "none":
             nn.init.zeros_(self.head.weight)
 
     def forward(self, x_BXHW: Tensor) -> Tensor:
         expected = (self.config.in_channels, *self.config.grid)
         if x_BXHW.ndim != 4 or x_BXHW.shape[1:] != expected:
             raise ValueError(f"x: expected B × {' × '.join(map(str, expected))}, got {tuple(x_BXHW.shape)}")
+        skipped_BYHW, x_BXHW = self.split_off(x_BXHW)
         tokens_BTE = self.dropout(self.embed(self.to_patches(x_BXHW)) + self.position)
         for block in self.blocks:
             tokens_BTE = block(tokens_BTE)
-        y_BYHW = self.from_patches(self.head(self.norm(tokens_BTE)))
-        if self.config.skip == "last":
-            y_BYHW = y_BYHW + x_BXHW[:, : self.config.out_channels]
-        return y_BYHW
+        return skipped_BYHW + self.from_patches(self.head(self.norm(tokens_BTE)))
+
+    def split_off(self, x_BXHW: Tensor) -> tuple[Tensor | float, Tensor]:
+        """What bypasses the network, and what goes in."""
+        if self.config.skip == "none":
+            return 0.0, x_BXHW
+        states_BKYHW = x_BXHW.unflatten(1, (-1, self.config.out_channels))
+        mean_BKYHW = states_BKYHW.mean(1, keepdim=True)
+        skipped_BYHW = (mean_BKYHW if self.config.skip == "mean" else states_BKYHW)[:, 0]
+        if self.config.centre:
+            x_BXHW = (states_BKYHW - mean_BKYHW).flatten(1, 2)
+        return skipped_BYHW, x_BXHW
 
     def to_patches(self, x_BXHW: Tensor) -> Tensor:
         """Pad to whole patches and flatten each: B × T × (X·P·Q)."""
@@ -155,11 +174,11 @@ class ViT(nn.Module):
         x = F.pad(x_BXHW, (0, S * Q - W, 0, R * P - H))
         return x.reshape(B, X, R, P, S, Q).permute(0, 2, 4, 1, 3, 5).reshape(B, R * S, X * P * Q)
 
-    def from_patches(self, patches_BTK: Tensor) -> Tensor:
+    def from_patches(self, patches_BTV: Tensor) -> Tensor:
         """The inverse for the output channels, cropped to the grid."""
         (R, S), (P, Q), (H, W) = self.config.tokens, self.config.patches, self.config.grid
-        B, Y = patches_BTK.shape[0], self.config.out_channels
-        y = patches_BTK.reshape(B, R, S, Y, P, Q).permute(0, 3, 1, 4, 2, 5).reshape(B, Y, R * P, S * Q)
+        B, Y = patches_BTV.shape[0], self.config.out_channels
+        y = patches_BTV.reshape(B, R, S, Y, P, Q).permute(0, 3, 1, 4, 2, 5).reshape(B, Y, R * P, S * Q)
         return y[..., :H, :W]
 
 
@@ -182,8 +201,8 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens.
 
-    The rows of ``qkv`` are ordered head by head (q, k, v of head 0, then of head 1, …), so that a slice of whole
-    heads is contiguous: what tensor parallelism will cut.
+    The rows of ``qkv`` are ordered head by head (q, k, v of head 0, then of head 1, …), so that a slice of
+    whole heads is contiguous: what tensor parallelism will cut.
     """
 
     def __init__(self, embed: int, heads: int, dropout: float = 0.0) -> None:
@@ -218,7 +237,7 @@ class MLP(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drop the whole branch of a sample with probability ``rate`` and scale the rest."""
+    """Stochastic depth: training drops a sample's branch with probability ``rate`` and scales the rest."""
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
@@ -232,7 +251,7 @@ class DropPath(nn.Module):
 
 
 def sincos_positions(rows: int, columns: int, embed: int) -> Tensor:
-    """Fixed 2-D positions, T × E: half the channels for the row, half for the column (MAE, He et al. 2022)."""
+    """Fixed 2-D positions, T × E: half the channels for rows, half for columns (MAE, He et al. 2022)."""
     quarter = embed // 4
     frequency = 10000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     parts = []

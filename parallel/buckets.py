@@ -20,17 +20,17 @@ class Slot:
         self.name, self.param, self.view = name, param, view
 
     def attach(self) -> None:
-        """Make ``p.grad`` the view. Backward makes a new tensor where ``zero_grad()`` has set it to None."""
+        """Make ``p.grad`` the view; after ``zero_grad()``, backward has put another tensor there."""
         grad = self.param.grad
         if grad is self.view:
             return
         assert grad is not None
         if grad.layout != torch.strided:
-            raise UnsupportedOperation(f"the gradient of {self.name} is sparse; DataParallel reduces dense ones")
+            raise UnsupportedOperation(f"the gradient of {self.name} is sparse; only dense ones are reduced")
         if grad.requires_grad:
             raise UnsupportedOperation(
-                f"the gradient of {self.name} has a graph (create_graph=True), which the reduction would drop; "
-                "use torch.autograd.grad for derivatives inside the loss"
+                f"the gradient of {self.name} has a graph (create_graph=True), which the reduction would "
+                "drop; use torch.autograd.grad for derivatives inside the loss"
             )
         if grad.dtype != self.view.dtype or grad.device != self.view.device:
             raise ValueError(
@@ -64,7 +64,7 @@ class Bucket:
     def mark_ready(self, slot: Slot) -> None:
         if slot not in self.missing:
             raise CommError(
-                f"DataParallel: {slot.name} got a gradient twice in one backward, the first of which may be on its "
+                f"DataParallel: {slot.name} got a gradient twice in one backward; the first may be on its "
                 "way already (a parameter shared by re-entrant checkpoints? use use_reentrant=False)"
             )
         self.missing.remove(slot)
@@ -73,7 +73,9 @@ class Bucket:
 
     def collect(self) -> None:
         """Complete the bucket for its reduction."""
-        if self._streams:  # gradients may come from several streams; the reduction follows the current one only
+        if (
+            self._streams
+        ):  # gradients may come from several streams; the reduction follows the current one only
             current = torch.accelerator.current_stream(self.flat.device)
             for stream in self._streams - {current}:
                 current.wait_stream(stream)
@@ -115,7 +117,7 @@ class _Pack:
 
 
 def packs_of(tensors: Iterable[Tensor], limit: int) -> list[list[Any]]:
-    """Tensors packed by dtype and device up to ``limit`` bytes, in the order in which the packs are complete."""
+    """Tensors packed by dtype and device up to ``limit`` bytes; ordered by the last tensor of each pack."""
     packs: list[_Pack] = []
     growing: dict[tuple[torch.dtype, torch.device], _Pack] = {}
     for i, t in enumerate(tensors):

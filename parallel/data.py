@@ -6,16 +6,16 @@ Training" (PVLDB 13(12)), built on commlayer's public functions alone:
 1. At construction rank 0's parameters and buffers are broadcast, so that all ranks start alike.
 2. Gradients live in a few flat *buckets*, one dtype and device each, filled in reverse order of registration,
    which is roughly the order in which backward produces them. ``p.grad`` is a view into its bucket.
-3. A hook on each parameter marks its gradient as ready. A bucket whose gradients are all ready is averaged over
-   the ranks, asynchronously and in place, while backward goes on with earlier layers.
+3. A hook on each parameter marks its gradient as ready. A bucket whose gradients are all ready is averaged
+   over the ranks, asynchronously and in place, while backward goes on with earlier layers.
 4. At the end of backward the rest is started, and everything is waited for.
 
-What keeps the ranks in step, whatever their data did: buckets are the same on all ranks (checked), they start in
-one fixed order (one that is ready early waits for its turn), and all of them start in every synchronised backward.
-A parameter without a gradient on this rank brings zeros. Each bucket ends with a flag per parameter, 1 where this
-rank has a gradient, so the same all-reduce tells whether any rank has one: a parameter that **no** rank used keeps
-``grad`` as it was, None after ``zero_grad()``, as torch's DistributedDataParallel does with
-``find_unused_parameters=True``, but without a second collective.
+What keeps the ranks in step, whatever their data did: buckets are the same on all ranks (checked), they start
+in one fixed order (one that is ready early waits for its turn), and all of them start in every synchronised
+backward. A parameter without a gradient on this rank brings zeros. Each bucket ends with a flag per
+parameter, 1 where this rank has a gradient, so the same all-reduce tells whether any rank has one: a
+parameter that **no** rank used since ``zero_grad()`` ends with ``grad`` None, as in torch's
+DistributedDataParallel with ``find_unused_parameters=True``, but without a second collective.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ class DataParallel(nn.Module):
     backward reaches no parameter at all would take no part; the others would wait for it until the timeout.)
 
     Gradient accumulation: run all but the last backward under :meth:`no_sync`. Frozen parameters
-    (``requires_grad=False`` at construction) are left alone, tied ones are reduced once. The state dict is that
-    of the wrapped module, without a prefix.
+    (``requires_grad=False`` at construction) are left alone, tied ones are reduced once. The state dict is
+    that of the wrapped module, without a prefix.
 
     Args:
         module: on the device it will train on; every rank passes the same architecture.
         group: the data-parallel ranks; by default the world.
         bucket_mb: size of a bucket in MiB; the result does not depend on it, the overlap does.
-        sync_buffers: before each training forward, broadcast rank 0's buffers (running statistics of batch norm).
+        sync_buffers: before each training forward, broadcast rank 0's buffers (running statistics of batch
+        norm).
 
     Raises:
         ValueError: on all ranks, when parameters or ``bucket_mb`` differ between ranks.
@@ -117,14 +118,15 @@ class DataParallel(nn.Module):
     # What happens in backward ------------------------------------------------------------------------------
 
     def _ready(self, bucket: Bucket, slot: Slot) -> None:
-        slot.attach()
+        if slot.param.grad is not None:  # backward can come to a parameter with nothing
+            slot.attach()
         if not self._sync:
             return
         self._open = True
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         bucket.mark_ready(slot)
         while self._launched < len(self._buckets) and not self._buckets[self._launched].missing:
             self._launch_next()
@@ -141,7 +143,7 @@ class DataParallel(nn.Module):
 
     @torch.no_grad()
     def _finish(self) -> None:
-        """End of backward. Called once more than needed where backward passes nest (re-entrant checkpoints)."""
+        """End of backward. Where they nest (re-entrant checkpoints), called once more than there is to do."""
         if not self._open:
             return
         while self._launched < len(self._buckets):
@@ -216,4 +218,4 @@ def _check_module(module: nn.Module) -> None:
 
 def _insert_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     for key in [key for key in state_dict if key.startswith(prefix)]:
-        state_dict[f"{prefix}module.{key[len(prefix):]}"] = state_dict.pop(key)
+        state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)

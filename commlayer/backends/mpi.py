@@ -124,7 +124,7 @@ class MpiCommunicator(Communicator):
     name = "mpi"
     device = torch.device("cpu")
 
-    def __init__(self, comm: MPI.Comm, timeout: float) -> None:
+    def __init__(self, comm: MPI.Intracomm, timeout: float) -> None:
         self._comm = comm
         self._own = comm.Dup()
         self.rank = comm.rank
@@ -157,7 +157,7 @@ class MpiCommunicator(Communicator):
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work:
         if counts is None:
-            request = self._comm.Iallgather(_buffer(x), _buffer(out))
+            request = self._comm.Iallgather(_buffer(x), self._even(out))
         else:
             request = self._comm.Iallgatherv(_buffer(x), _shares(out, counts))
         return Pending(self, request, "all_gather", out, x)
@@ -165,28 +165,28 @@ class MpiCommunicator(Communicator):
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work:
         operation = OPERATIONS[op.name]
         if counts is None:
-            request = self._comm.Ireduce_scatter_block(_buffer(x), _buffer(out), operation)
+            request = self._comm.Ireduce_scatter_block(self._even(x), _buffer(out), operation)
         else:
             request = self._comm.Ireduce_scatter(_buffer(x), _buffer(out), list(counts), operation)
         return Pending(self, request, "reduce_scatter", out, x)
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor, out_counts: Counts, in_counts: Counts) -> Work:
         if in_counts is None or out_counts is None:
-            request = self._comm.Ialltoall(_buffer(x), _buffer(out))
+            request = self._comm.Ialltoall(self._even(x), self._even(out))
         else:
             request = self._comm.Ialltoallv(_shares(x, in_counts), _shares(out, out_counts))
         return Pending(self, request, "all_to_all", out, x)
 
     def gather(self, out: torch.Tensor | None, x: torch.Tensor, dst: int, counts: Counts) -> Work:
         if counts is None:
-            request = self._comm.Igather(_buffer(x), None if out is None else _buffer(out), dst)
+            request = self._comm.Igather(_buffer(x), None if out is None else self._even(out), dst)
         else:
             request = self._comm.Igatherv(_buffer(x), None if out is None else _shares(out, counts), dst)
         return Pending(self, request, "gather", out, x)
 
     def scatter(self, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts) -> Work:
         if counts is None:
-            request = self._comm.Iscatter(None if x is None else _buffer(x), _buffer(out), src)
+            request = self._comm.Iscatter(None if x is None else self._even(x), _buffer(out), src)
         else:
             request = self._comm.Iscatterv(None if x is None else _shares(x, counts), _buffer(out), src)
         return Pending(self, request, "scatter", out, x)
@@ -218,7 +218,7 @@ class MpiCommunicator(Communicator):
         mine = torch.frombuffer(bytearray(value or b"\0"), dtype=torch.uint8)
         sizes = torch.empty(self.size, dtype=torch.int64)
         sizes[self.rank] = len(value)
-        Pending(self, self._own.Iallgather(MPI.IN_PLACE, _buffer(sizes)), "share", sizes).wait()
+        Pending(self, self._own.Iallgather(MPI.IN_PLACE, self._even(sizes)), "share", sizes).wait()
         counts = [max(size, 1) for size in sizes.tolist()]
         everything = torch.empty(sum(counts), dtype=torch.uint8)
         Pending(self, self._own.Iallgatherv(_buffer(mine), _shares(everything, counts)), "share", mine).wait()
@@ -230,6 +230,10 @@ class MpiCommunicator(Communicator):
         comm = self._comm.Create_group(group, tag=0)
         group.Free()
         return MpiCommunicator(comm, self.timeout)
+
+    def _even(self, x: torch.Tensor) -> tuple[Any, int, Any]:
+        # For mpi4py, the count of a buffer with a share for every rank is that of one share.
+        return _address(x.data_ptr(), x.nbytes), x.numel() // self.size, DATATYPES[x.dtype]
 
     def _channel(self, tag: int) -> tuple[MPI.Comm, int]:
         return (self._comm, tag) if tag < INTERNAL_TAG else (self._own, tag - INTERNAL_TAG)
@@ -277,5 +281,3 @@ def _bytes(x: torch.Tensor) -> tuple[Any, int, Any]:
 def _shares(x: torch.Tensor, counts: Sequence[int]) -> tuple[Any, Any, Any]:
     place = (list(counts), offsets(counts)[:-1])
     return _address(x.data_ptr(), x.nbytes), place, DATATYPES[x.dtype]
-
-

@@ -69,7 +69,8 @@ class Single(Communicator):
         def take() -> None:
             if not self._mail[tag]:
                 raise CommError(f"recv from oneself, tag {tag}: nothing was sent, so this would wait forever")
-            x.copy_(self._mail[tag].popleft())
+            with torch.no_grad():
+                x.copy_(self._mail[tag].popleft())
 
         if not self._mail[tag]:
             return Work().then(take)  # perhaps it is sent before somebody waits

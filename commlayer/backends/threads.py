@@ -120,7 +120,8 @@ class _Letter(Work):
                 f"recv: expected {self._out.numel()} elements of {self._out.dtype}, "
                 f"rank {self._key[0]} sent {letter.numel()} of {letter.dtype}"
             )
-        self._out.copy_(letter)
+        with torch.no_grad():
+            self._out.copy_(letter)
         return None
 
 
@@ -145,9 +146,7 @@ class Threads(Communicator):
             meeting = self._room.meetings.setdefault(number, Meeting(key))
             meeting.arguments[self.rank] = argument
             if meeting.key != key and meeting.error is None:
-                meeting.error = CollectiveMismatch(
-                    f"rank {self.rank} called {key}, another rank called {meeting.key}"
-                )
+                meeting.error = CollectiveMismatch(f"rank {self.rank} called {key}, another rank called {meeting.key}")
             if len(meeting.arguments) == self.size:
                 del self._room.meetings[number]
                 if meeting.error is None:
@@ -232,7 +231,7 @@ class Threads(Communicator):
     def send(self, x: torch.Tensor, dst: int, tag: int) -> Work:
         room, route = self._room, (self.rank, dst, tag)
         with room.world.changed:
-            room.mail[*route, room.sent[route]] = x.clone()
+            room.mail[(*route, room.sent[route])] = x.clone()
             room.sent[route] += 1
             room.world.changed.notify_all()
         return Work()

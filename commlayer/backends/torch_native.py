@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from commlayer.backends.base import Communicator, Counts, Message, pieces
 from commlayer.errors import BackendUnavailable, CollectiveMismatch, CommError, CommTimeout, PeerLost
@@ -65,8 +66,11 @@ class Native(Work):
 class TorchCommunicator(Communicator):
     """Ranks of a torch.distributed process group."""
 
-    def __init__(self, group: Any, name: str, device: torch.device, store: Any, timeout: float) -> None:
+    def __init__(
+        self, group: Any, name: str, device: torch.device, store: Any, timeout: float, owned: bool = True
+    ) -> None:
         self.group = group
+        self._owned = owned
         self.name = name
         self.device = device
         self.rank = group.rank()
@@ -104,8 +108,8 @@ class TorchCommunicator(Communicator):
 
     def _operation(self, op: ReduceOp) -> Any:
         if op.factor is not None:
-            # NCCL takes the factor as a number, or as a tensor of the same dtype on the device.
-            return dist._make_nccl_premul_sum(op.factor)
+            # As a number: NCCL would read a tensor's memory in the dtype of the values.
+            return dist._make_nccl_premul_sum(float(op.factor))
         return OPERATIONS[op.name]
 
     def _options(self, kind: Any, **values: Any) -> Any:
@@ -120,7 +124,7 @@ class TorchCommunicator(Communicator):
             out.copy_(x)
         options = self._reduce_options.get(op.name)
         if options is None:
-            options = self._options(dist.AllreduceOptions, reduceOp=self._operation(op))
+            options = self._options(c10d.AllreduceOptions, reduceOp=self._operation(op))
             if op.factor is None:
                 self._reduce_options[op.name] = options
         return self._start("all_reduce", self.group.allreduce, [out], options)
@@ -129,40 +133,38 @@ class TorchCommunicator(Communicator):
         # Process groups reduce in place and use the buffers of other ranks as scratch.
         target = torch.empty_like(x) if out is None else out
         target.copy_(x)
-        options = self._options(dist.ReduceOptions, reduceOp=self._operation(op), rootRank=dst)
+        options = self._options(c10d.ReduceOptions, reduceOp=self._operation(op), rootRank=dst)
         return self._start("reduce", self.group.reduce, [target], options)
 
     def broadcast(self, x: torch.Tensor, src: int) -> Work:
-        return self._start(
-            "broadcast", self.group.broadcast, [x], self._options(dist.BroadcastOptions, rootRank=src)
-        )
+        return self._start("broadcast", self.group.broadcast, [x], self._options(c10d.BroadcastOptions, rootRank=src))
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work:
-        options = self._options(dist.AllgatherOptions)
+        options = self._options(c10d.AllgatherOptions)
         if counts is None:
             return self._start("all_gather", self.group._allgather_base, out, x, options)
         rows = pieces(out, counts, self.size)
         return self._start("all_gather", self.group.allgather, [rows], [x], options)
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work:
-        options = self._options(dist.ReduceScatterOptions, reduceOp=self._operation(op))
+        options = self._options(c10d.ReduceScatterOptions, reduceOp=self._operation(op))
         if counts is None:
             return self._start("reduce_scatter", self.group._reduce_scatter_base, out, x, options)
         rows = pieces(x, counts, self.size)
         return self._start("reduce_scatter", self.group.reduce_scatter, [out], [rows], options)
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor, out_counts: Counts, in_counts: Counts) -> Work:
-        options = self._options(dist.AllToAllOptions)
+        options = self._options(c10d.AllToAllOptions)
         splits = (list(out_counts or ()), list(in_counts or ()))
         return self._start("all_to_all", self.group.alltoall_base, out, x, *splits, options)
 
     def gather(self, out: torch.Tensor | None, x: torch.Tensor, dst: int, counts: Counts) -> Work:
-        options = self._options(dist.GatherOptions, rootRank=dst)
+        options = self._options(c10d.GatherOptions, rootRank=dst)
         rows = [] if out is None else [pieces(out, counts, self.size)]
         return self._start("gather", self.group.gather, rows, [x], options)
 
     def scatter(self, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts) -> Work:
-        options = self._options(dist.ScatterOptions, rootRank=src)
+        options = self._options(c10d.ScatterOptions, rootRank=src)
         rows = [] if x is None else [pieces(x, counts, self.size)]
         return self._start("scatter", self.group.scatter, [out], rows, options)
 
@@ -194,7 +196,7 @@ class TorchCommunicator(Communicator):
         return f"mail/{src}/{dst}/{tag}/{self._mail[src, dst, tag]}"
 
     def barrier(self) -> Work:
-        options = self._options(dist.BarrierOptions)
+        options = self._options(c10d.BarrierOptions)
         if self.device.type != "cpu":
             options.device = self.device
         return self._start("barrier", self.group.barrier, options)
@@ -222,8 +224,21 @@ class TorchCommunicator(Communicator):
         return create(self.name, store, members.index(self.rank), len(members), self.device, self.timeout)
 
     def close(self) -> None:
-        if self.name != "gloo" and hasattr(self.group, "shutdown"):
-            self.group.shutdown()
+        """Join the process group's worker threads, by dropping the last reference to it.
+
+        They must not outlive the interpreter: a worker that lets go of a tensor during shutdown asks for the GIL and
+        ends in std::terminate (torch 2.13, gloo).
+        """
+        group, self.group = self.group, _Closed()
+        if self._owned and self.name != "gloo" and hasattr(group, "shutdown"):
+            group.shutdown()
+
+
+class _Closed:
+    """Stands where the process group was."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise CommError("this group was closed by commlayer.finalize()")
 
 
 class _Letter(Work):
@@ -243,14 +258,13 @@ class _Letter(Work):
         if self._x is not None:
             data = self._comm._receive(self._key, timeout)
             self._comm._store.delete_key(self._key)
-            self._x.view(torch.uint8).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            with torch.no_grad():
+                self._x.view(torch.uint8).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
             self._x = None
         return self.result
 
 
-def create(
-    name: str, store: Any, rank: int, size: int, device: torch.device, timeout: float
-) -> TorchCommunicator:
+def create(name: str, store: Any, rank: int, size: int, device: torch.device, timeout: float) -> TorchCommunicator:
     """A fresh process group of its own, registered nowhere, so that it meets no other program's groups.
 
     Raises BackendUnavailable with the remedy where this torch does not have the backend.
@@ -260,20 +274,23 @@ def create(
     if name == "gloo":
         if not dist.is_gloo_available():
             raise BackendUnavailable("backend gloo: this build of torch has none; use mpi")
-        group = dist.ProcessGroupGloo(inner, rank, size, limit)
+        group: Any = dist.ProcessGroupGloo(inner, rank, size, limit)
     elif name == "nccl":
         if not (dist.is_nccl_available() and torch.cuda.is_available()):
             raise BackendUnavailable("backend nccl: needs a CUDA build of torch and a visible NVIDIA GPU")
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = limit
-        group = dist.ProcessGroupNCCL(inner, rank, size, options)
+        group = dist.ProcessGroupNCCL(inner, rank, size, _with_timeout(dist.ProcessGroupNCCL.Options(), limit))
     elif name == "xccl":
         if not (dist.is_xccl_available() and torch.xpu.is_available()):
             raise BackendUnavailable("backend xccl: needs an XPU build of torch >= 2.7 and a visible Intel GPU")
-        group = dist.ProcessGroupXCCL(inner, rank, size)
+        group = dist.ProcessGroupXCCL(inner, rank, size, _with_timeout(dist.ProcessGroupXCCL.Options(), limit))
     else:
         group = _plugin(name)(inner, rank, size, limit)
     return TorchCommunicator(group, name, device, store, timeout)
+
+
+def _with_timeout(options: Any, limit: timedelta) -> Any:
+    options._timeout = limit
+    return options
 
 
 def _plugin(name: str) -> Callable[..., Any]:
@@ -293,7 +310,7 @@ def _plugin(name: str) -> Callable[..., Any]:
         return plugin.creator_fn
 
     def extended(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
-        options = dist.distributed_c10d._DistributedBackendOptions()
+        options = c10d._DistributedBackendOptions()
         options.store, options.group_rank, options.group_size, options.timeout = store, rank, size, timeout
         options.group_id, options.global_ranks_in_group = "commlayer", list(range(size))
         return plugin.creator_fn(options, None)
@@ -311,6 +328,6 @@ def wrap_default_group(timeout: float | None) -> TorchCommunicator:
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, getattr(torch, kind).current_device())
     world = dist.group.WORLD
     assert world is not None
-    store = dist.PrefixStore("commlayer", dist.distributed_c10d._get_default_store())
+    store = dist.PrefixStore("commlayer", c10d._get_default_store())
     seconds = timeout if timeout is not None else dist.default_pg_timeout.total_seconds()
-    return TorchCommunicator(world._get_backend(torch.device(kind)), name, device, store, seconds)
+    return TorchCommunicator(world._get_backend(torch.device(kind)), name, device, store, seconds, owned=False)

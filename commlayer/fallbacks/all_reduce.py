@@ -93,4 +93,3 @@ def dissemination(g: Collectives) -> Work:
         work = g.exchange([(token, to)], [(heard, source)], TAG)
         distance *= 2
     return work
-

@@ -100,5 +100,3 @@ def _count_matrix(g: Collectives, in_counts: Sequence[int], like: torch.Tensor) 
     matrix = mine.new_empty(g.size * g.size)
     g.all_gather(matrix, mine, None).wait()
     return matrix.view(g.size, g.size).tolist()
-
-

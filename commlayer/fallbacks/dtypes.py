@@ -10,7 +10,7 @@ from commlayer.arithmetic import HALF, SIGNED_OF_WIDTH, UNSIGNED
 from commlayer.backends.base import Collectives
 from commlayer.capability import MOVING, REDUCING, Request
 from commlayer.fallbacks.registry import Needs, Use, fallback
-from commlayer.reduce_op import BITWISE, BXOR, MAX, MIN, ORDERED
+from commlayer.reduce_op import BITWISE, BXOR, MAX, MIN, ORDERED, SUM
 from commlayer.work import Work
 
 REAL_OF = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
@@ -143,10 +143,24 @@ WIDER_INTEGER = {
 }
 
 
-@fallback(*REDUCING, needs=_wider(FLOAT_OF_HALF, ORDERED | BITWISE), passes=3)
+@fallback(*REDUCING, needs=_wider(FLOAT_OF_HALF, ORDERED | BITWISE | {"avg"}), passes=3)
 def half_accumulated_in_float32(g: Collectives, op: str, args: tuple[Any, ...]) -> Work:
     """Halves reduced in float32 and rounded once, so that nothing overflows on the way."""
     return _widened(g, op, args, torch.float32)
+
+
+def _half_mean(request: Request, size: int) -> list[Use] | None:
+    if request.dtype not in HALF or request.reduce != "avg":
+        return None
+    wide = torch.float32
+    return [Use(request._replace(dtype=wide, reduce="sum"), 1, wide.itemsize / request.dtype.itemsize)]
+
+
+@fallback(*REDUCING, needs=_half_mean, passes=4)
+def mean_of_halves_in_float32(g: Collectives, op: str, args: tuple[Any, ...]) -> Work:
+    """Halves divided in float32, summed there, and rounded once: nothing overflows and nothing vanishes."""
+    out, x, _, *rest = args
+    return _widened(g, op, (out, x.to(torch.float32).div_(g.size), SUM, *rest), torch.float32)
 
 
 @fallback(*REDUCING, needs=_wider(WIDER_INTEGER), passes=3)

@@ -58,5 +58,3 @@ def order_preserving_integers(g: Collectives, op: str, args: tuple[Any, ...]) ->
     if out is None or result is None:
         return work
     return work.then(lambda: out.copy_(from_order_keys(result, out.dtype, reduce_op.name)))
-
-

@@ -32,9 +32,7 @@ def exchange_and_reduce(g: Collectives, out: torch.Tensor, x: torch.Tensor, op: 
 
 
 @fallback("reduce_scatter", needs=["all_reduce"], passes=1)
-def all_reduce_and_slice(
-    g: Collectives, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts
-) -> Work:
+def all_reduce_and_slice(g: Collectives, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work:
     """An all_reduce, of which each rank keeps its share."""
     total = torch.empty_like(x)
     begin = g.rank * out.numel() if counts is None else offsets(counts)[g.rank]

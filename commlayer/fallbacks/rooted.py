@@ -10,15 +10,13 @@ from commlayer.capability import Request
 from commlayer.fallbacks.all_gather import INTEGERS
 from commlayer.fallbacks.registry import Use, fallback, same
 from commlayer.reduce_op import SUM, ReduceOp
-from commlayer.work import Work, gather_works
+from commlayer.work import Work
 
 TAG = INTERNAL_TAG + 4
 
 
 @fallback("reduce", needs=["all_reduce"])
-def all_reduce_and_drop(
-    g: Collectives, out: torch.Tensor | None, x: torch.Tensor, op: ReduceOp, dst: int
-) -> Work:
+def all_reduce_and_drop(g: Collectives, out: torch.Tensor | None, x: torch.Tensor, op: ReduceOp, dst: int) -> Work:
     """An all_reduce, whose result the others drop."""
     return g.all_reduce(torch.empty_like(x) if out is None else out, x, op)
 
@@ -30,9 +28,7 @@ def _gather(request: Request, size: int) -> list[Use] | None:
 
 
 @fallback("reduce", needs=_gather, passes=3)
-def gather_and_reduce(
-    g: Collectives, out: torch.Tensor | None, x: torch.Tensor, op: ReduceOp, dst: int
-) -> Work:
+def gather_and_reduce(g: Collectives, out: torch.Tensor | None, x: torch.Tensor, op: ReduceOp, dst: int) -> Work:
     """The root gathers all rows and reduces them in rank order."""
     if out is None:
         return g.gather(None, x, dst, None)
@@ -113,9 +109,7 @@ def _all_gather(request: Request, size: int) -> list[Use]:
 
 
 @fallback("gather", needs=_all_gather)
-def all_gather_and_drop(
-    g: Collectives, out: torch.Tensor | None, x: torch.Tensor, dst: int, counts: Counts
-) -> Work:
+def all_gather_and_drop(g: Collectives, out: torch.Tensor | None, x: torch.Tensor, dst: int, counts: Counts) -> Work:
     """An all_gather, whose result the others drop."""
     total = x.numel() * g.size if counts is None else sum(counts)
     return g.all_gather(x.new_empty(total) if out is None else out, x, counts)
@@ -143,9 +137,7 @@ def padded_gather(g: Collectives, out: torch.Tensor | None, x: torch.Tensor, dst
 
 
 @fallback("scatter", needs=_to_root, passes=0.1)
-def messages_from_root(
-    g: Collectives, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts
-) -> Work:
+def messages_from_root(g: Collectives, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts) -> Work:
     """The root sends everybody its share."""
     if x is None:
         return g.exchange([], [(out, src)], TAG) if out.numel() else Work()
@@ -156,9 +148,7 @@ def messages_from_root(
 
 
 @fallback("scatter", needs=["broadcast"], passes=1)
-def broadcast_and_slice(
-    g: Collectives, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts
-) -> Work:
+def broadcast_and_slice(g: Collectives, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts) -> Work:
     """A broadcast of everything, of which each rank keeps its share."""
     total = out.numel() * g.size if counts is None else sum(counts)
     everything = out.new_empty(total) if x is None else x.clone()

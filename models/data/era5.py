@@ -1,9 +1,9 @@
 """The ERA5 layout of the NERSC tutorial "Deep Learning at Scale" (after FourCastNet, Pathak et al. 2022)::
 
-    root/train/2010.h5 …      data set `fields`: time × channel × lat × lon, one file a year, 6-hourly
-    root/valid/2016.h5 …      the same
-    root/stats/global_means.npy, global_stds.npy      1 × channel × 1 × 1
-    root/stats/time_means.npy                         1 × channel × lat × lon (optional: the climatology)
+root/train/2010.h5 …      data set `fields`: time × channel × lat × lon, one file a year, 6-hourly
+root/valid/2016.h5 …      the same
+root/stats/global_means.npy, global_stds.npy      1 × channel × 1 × 1
+root/stats/time_means.npy                         1 × channel × lat × lon (optional: the climatology)
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class ERA5Source:
         self.folder, self.variable = Path(folder), variable
         self.files = sorted(self.folder.glob("*.h5"))
         if not self.files:
-            raise FileNotFoundError(f"{self.folder}: no *.h5 files; expected one per year with data set '{variable}'")
+            raise FileNotFoundError(
+                f"{self.folder}: no *.h5 files; expected one per year with data set '{variable}'"
+            )
         shapes = []
         for path in self.files:
             with open_hdf5(path) as file:
@@ -59,8 +61,8 @@ class ERA5Source:
                 raise ValueError(f"{what}: got {len(given)}, but {self.files[0]} has {self.stored} channels")
         self.channels = tuple(names[i] if names else f"channel {i}" for i in self.index)
         self.units = tuple(units[i] if units else "" for i in self.index)
-        # The files carry no coordinates: global, from the north pole southwards and Greenwich eastwards, without
-        # the last row of the poles (721 → 720 → 360 rows), as FourCastNet has it.
+        # The files carry no coordinates. They are global, from the north pole southwards and from Greenwich
+        # eastwards, without the row of the south pole (721 → 720 → 360 rows), as FourCastNet has it.
         self.latitudes = 90 - np.arange(rows) * 180 / rows
         self.longitudes = np.arange(columns) * 360 / columns
         self._open: dict[Path, Any] = {}
@@ -97,7 +99,9 @@ def era5_pairs(
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"root: {root} is not a folder; expected {train}/, {validation}/ and stats/ in it")
+        raise FileNotFoundError(
+            f"root: {root} is not a folder; expected {train}/, {validation}/ and stats/ in it"
+        )
     parts = []
     for folder in (train, validation):
         source = ERA5Source(root / folder, channels=channels, names=names, units=units)
@@ -115,13 +119,17 @@ def era5_pairs(
             raise ValueError(f"{root / 'stats' / 'global_stds.npy'}: expected positive numbers only")
         climatology = None
         if (path := root / "stats" / "time_means.npy").exists():
-            climatology = _statistic(path, (1, source.stored, *map(len, (source.latitudes, source.longitudes))))
+            climatology = _statistic(
+                path, (1, source.stored, *map(len, (source.latitudes, source.longitudes)))
+            )
             climatology = climatology[source.index]
         parts.append(
             FieldPairs(source, windows, mean, std, climatology=climatology, history=history, lead=lead)
         )
     if parts[0].grid != parts[1].grid:
-        raise ValueError(f"{root}: {train} has a grid of {parts[0].grid}, {validation} one of {parts[1].grid}")
+        raise ValueError(
+            f"{root}: {train} has a grid of {parts[0].grid}, {validation} one of {parts[1].grid}"
+        )
     return parts[0], parts[1]
 
 

@@ -1,7 +1,8 @@
 """Gridded fields for forecasting: pairs (the last states → the next one), normalised, split in time.
 
-Two sources behind one data set: netCDF-4 files of one variable (by default the North American air temperatures of
-two climate scenarios that ship with ``iris-sample-data``), and the ERA5 layout of the NERSC tutorial.
+Two sources behind one data set: netCDF-4 files of one variable (by default the North American air
+temperatures of two climate scenarios that ship with ``iris-sample-data``), and the ERA5 layout of the NERSC
+tutorial.
 
 Legend of shape suffixes: C channels, H latitudes, W longitudes, X = history · C input channels.
 """
@@ -98,7 +99,9 @@ class FieldPairs(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch, possibly of no samples: a rank without work still has to take part in the step."""
         if not samples:
-            return torch.empty(0, self.in_channels, *self.grid), torch.empty(0, len(self.channels), *self.grid)
+            return torch.empty(0, self.in_channels, *self.grid), torch.empty(
+                0, len(self.channels), *self.grid
+            )
         xs, ys = zip(*samples, strict=True)
         return torch.stack(xs), torch.stack(ys)
 
@@ -110,7 +113,7 @@ def whole_windows(start: int, stop: int, history: int, lead: int) -> range:
     return range(start + (history - 1) * lead, max(stop - lead, 0))
 
 
-# netCDF-4 ----------------------------------------------------------------------------------------------------
+# netCDF-4 -----------------------------------------------------------------------------------------------
 
 
 class NetCDFSource:
@@ -123,7 +126,11 @@ class NetCDFSource:
         first = loaded[0]
         for file, other in zip(files, loaded, strict=True):
             same = np.array_equal(other.latitudes, first.latitudes)
-            if not same or not np.array_equal(other.longitudes, first.longitudes) or other.units != first.units:
+            if (
+                not same
+                or not np.array_equal(other.longitudes, first.longitudes)
+                or other.units != first.units
+            ):
                 raise ValueError(f"{file}: grid or units of '{variable}' differ from those of {files[0]}")
         self.channels, self.units = (variable,), (first.units,)
         self.latitudes, self.longitudes = first.latitudes, first.longitudes
@@ -148,15 +155,16 @@ def netcdf_pairs(
     files: Sequence[str | Path] | None = None,
     variable: str = "air_temperature",
     *,
-    split: float = 2060,
+    split: float = 2060.0,
     history: int = 1,
     lead: int = 1,
 ) -> tuple[FieldPairs, FieldPairs]:
     """Training pairs before the year ``split``, validation pairs from then on, in every file alike.
 
-    Windows lie wholly on one side and in one file. What several files share (E1 and A1B are one run until 1999)
-    counts once. States are normalised by the mean map and the standard deviation of the anomalies around it, both
-    from the training part alone. The default files are yearly means 1860–2099 on 37 × 49 points, in K.
+    Windows lie wholly on one side and in one file. What several files share (E1 and A1B are one run until
+    1999) counts once. States are normalised by the mean map and the standard deviation of the anomalies
+    around it, both from the training part alone. The default files are yearly means 1860–2099 on 37 × 49
+    points, in K.
     """
     source = NetCDFSource(files or _iris_files(), variable)
     parts: tuple[list[Window], list[Window]] = ([], [])
@@ -171,7 +179,9 @@ def netcdf_pairs(
     for part, what in zip(parts, ("before", "after"), strict=True):
         if not part:
             span = f"{min(y[0] for y in source.years):.0f} … {max(y[-1] for y in source.years):.0f}"
-            raise ValueError(f"split: no window of {history} + {lead} steps {what} {split:g}; data cover {span}")
+            raise ValueError(
+                f"split: no window of {history} + {lead} steps {what} {split:g}; data cover {span}"
+            )
     states = np.concatenate(training_states).astype(np.float64)
     mean = states.mean(0, keepdims=True)
     std = (states - mean).std().reshape(1, 1, 1)
@@ -195,7 +205,9 @@ def _read_netcdf(path: Path, variable: str) -> _NetCDF:
         try:
             time, latitude, longitude = (data.dims[axis][0] for axis in range(3))
         except (IndexError, RuntimeError):
-            raise ValueError(f"{path}: '{variable}' has no coordinates for time, lat and lon attached") from None
+            raise ValueError(
+                f"{path}: '{variable}' has no coordinates for time, lat and lon attached"
+            ) from None
         states = data[...].astype(np.float32) * np.float32(data.attrs.get("scale_factor", 1))
         states += np.float32(data.attrs.get("add_offset", 0))
         fill = data.attrs.get("_FillValue")
@@ -209,7 +221,7 @@ def _read_netcdf(path: Path, variable: str) -> _NetCDF:
 
 
 def decimal_years(values: np.ndarray, units: str, calendar: str, path: Path) -> np.ndarray:
-    """CF time (``hours since 1970-01-01``) as years; within a day or so, which splitting and captions need."""
+    """CF time (``hours since 1970-01-01``) as years: to a day or so, enough for splits and captions."""
     unit, _, since = units.partition(" since ")
     per_day = {"day": 1, "hour": 24, "minute": 1440, "second": 86400}.get(unit.rstrip("s"))
     try:
@@ -230,7 +242,7 @@ def _iris_files() -> list[Path]:
     return [Path(iris_sample_data.path) / f"{scenario}_north_america.nc" for scenario in ("E1", "A1B")]
 
 
-# Shared with era5.py -----------------------------------------------------------------------------------------
+# Shared with era5.py ------------------------------------------------------------------------------------
 
 
 def open_hdf5(path: Path):  # type: ignore[no-untyped-def]  # h5py.File; imported only when a file is opened

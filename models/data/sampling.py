@@ -1,26 +1,27 @@
-"""Which samples a rank sees: a global order, cut into global batches, dealt out to the data-parallel ranks."""
+"""Which samples a rank sees: one global order, cut into global batches, dealt out to the ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
+import numpy as np
 from torch.utils.data import Sampler
 
 
 class ShardedBatches(Sampler[list[int]]):
     """Batch sampler: per step, this rank's share of the global batch.
 
-    The order depends on (seed, epoch) alone, so any number of ranks walks through the same global batches and a
-    run on 4 ranks is comparable with a serial one. Every sample is used exactly once per epoch; every rank takes
-    the same number of steps. Shares of one batch differ by at most one sample, and may be **empty** on some ranks
-    when the last batch is smaller than their number: nothing is dropped, and nothing is counted twice to make up
-    the numbers. So losses have to be divided by :meth:`global_sizes`, not by the local size.
+    The order depends on (seed, epoch) alone, so any number of ranks walks through the same global batches and
+    a run on 4 ranks is comparable with a serial one. Every sample is used exactly once per epoch; every rank
+    takes the same number of steps. Shares of one batch differ by at most one sample, and may be **empty** on
+    some ranks when the last batch is smaller than their number: nothing is dropped, and nothing is counted
+    twice to make up the numbers. So losses have to be divided by :meth:`global_sizes`, not by the local size.
 
     Args:
         samples: size of the data set.
         batch: samples per step over all ranks together.
-        rank, size: of the data-parallel group. Ranks that share a sample (tensor, context parallel) pass the same.
+        rank, size: of the data-parallel group. Ranks that share a sample (tensor, context parallel) pass the
+        same.
         shuffle: draw a new order in every epoch; else 0, 1, 2, …
     """
 
@@ -50,8 +51,7 @@ class ShardedBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = list(range(self.samples))
         if self.shuffle:
-            # One integer from (seed, epoch), so that seed 0 epoch 1 is not seed 1 epoch 0.
-            generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
-            order = torch.randperm(self.samples, generator=generator).tolist()
+            # NumPy mixes both numbers; a torch generator on the CPU ignores all but 32 bits of its seed.
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.samples).tolist()
         for start in range(0, self.samples, self.batch):
             yield order[start : start + self.batch][self.rank :: self.size]

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import commlayer
+from commlayer import runtime
 from commlayer.errors import UnsupportedOperation
 from commlayer.mesh import Mesh
 
@@ -153,8 +155,8 @@ def test_bad_spec_is_quoted(spec, options, quoted):
         (lambda m: m.coords(-1), r"rank -1"),
         (lambda m: m.rank_of(tp=2, dp=0), r"tp=2: the coordinate must be in 0 … 1"),
         (lambda m: m.rank_of(tp=-1, dp=0), r"tp=-1"),
-        (lambda m: m.rank_of(tp=1), r"one for each of the axes tp-dp"),
-        (lambda m: m.rank_of(tp=1, dp=1, pp=0), r"one for each of the axes tp-dp"),
+        (lambda m: m.rank_of(tp=1), r"one for each of tp, dp"),
+        (lambda m: m.rank_of(tp=1, dp=1, pp=0), r"one for each of tp, dp"),
     ],
 )
 def test_bad_use_names_what_exists(use, message):
@@ -254,7 +256,6 @@ def test_size_of_the_group_is_checked():
 
 def test_default_group_is_the_world_of_the_moment(monkeypatch):
     """One mesh, used by several threads as ranks, or after finalize and init, must not mix their groups."""
-    runtime = pytest.importorskip("commlayer.runtime")
     mesh, worlds = Mesh("tp=2 dp=2"), [FakeGroup(0, 4), FakeGroup(3, 4)]
     for world in worlds:
         monkeypatch.setattr(runtime, "world", lambda world=world: world)
@@ -263,6 +264,24 @@ def test_default_group_is_the_world_of_the_moment(monkeypatch):
     monkeypatch.setattr(runtime, "world", lambda: FakeGroup(0, 8))
     with pytest.raises(ValueError, match="4 ranks, but the group has 8"):
         mesh.rank("tp")
+
+
+def test_one_mesh_shared_by_thread_ranks():
+    mesh = Mesh("tp=2 pp=2 dp=2", order="tp-pp-dp")
+
+    def sums():
+        rank = torch.tensor(commlayer.world().rank)
+        folded = mesh.fold("ep=4")
+        return [
+            int(commlayer.all_reduce(rank, group=group))
+            for group in (mesh["dp"], mesh["dp-tp"], folded["ep"])
+        ]
+
+    def expected(rank):
+        groups = (mesh.ranks("dp", rank), mesh.ranks("tp-dp", rank), mesh.fold("ep=4").ranks("ep", rank))
+        return [sum(ranks) for ranks in groups]
+
+    assert commlayer.run_local(sums, ranks=8) == [expected(rank) for rank in range(8)]
 
 
 # torch ------------------------------------------------------------------------------------------------------
@@ -281,13 +300,12 @@ def test_device_mesh_has_the_same_ranks():
         for mesh in (
             Mesh("dp=3 cp=2 tp=2", order="cp-tp-dp", group=FakeGroup(5, 12)),
             Mesh("tp=3 pp=2 dp=2", order="tp-pp-dp", group=FakeGroup(5, 12)).fold("ep=2"),
+            Mesh("tp=2 dp=2", group=FakeGroup(2, 4, ranks=(1, 3, 5, 7))),
         ):
             device_mesh = mesh.to_device_mesh()
             assert device_mesh.mesh_dim_names == mesh.axes[::-1]
             for axis in mesh.axes:
-                assert dist.get_process_group_ranks(device_mesh[axis].get_group()) == list(
-                    mesh.ranks(axis, 5)
-                )
+                assert dist.get_process_group_ranks(device_mesh[axis].get_group()) == list(mesh[axis].ranks)
                 assert device_mesh[axis].get_local_rank() == mesh.rank(axis)
     finally:
         dist.destroy_process_group()

