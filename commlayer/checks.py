@@ -100,12 +100,14 @@ def check_splittable(x: torch.Tensor) -> None:
 def check_out(out: torch.Tensor, shape: Sequence[int], like: torch.Tensor, group: Group) -> None:
     """A destination that fits: right shape and dtype, no two elements in one place, outside autograd."""
     check_tensor(out, group, "out")
-    if tuple(out.shape) != tuple(shape):
+    if out.shape != shape and tuple(out.shape) != tuple(shape):
         raise ValueError(f"out: expected shape {tuple(shape)}, got {tuple(out.shape)}")
     if out.dtype != like.dtype:
         raise TypeError(f"out: expected dtype {like.dtype}, got {out.dtype}")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: requires grad; a result written into out has no gradient, leave out= away")
+    if out.is_contiguous():
+        return
     if any(stride == 0 and extent > 1 for stride, extent in zip(out.stride(), out.shape, strict=True)):
         raise ValueError(
             f"out: is an expanded tensor (strides {out.stride()}) whose elements share memory; use out.contiguous()"

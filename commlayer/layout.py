@@ -15,7 +15,7 @@ def flat(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
         x = x.resolve_conj().resolve_neg()
     if dim:
         x = x.movedim(dim, 0)
-    return x.contiguous().view(-1)
+    return _line(x.contiguous())
 
 
 def destination(
@@ -26,16 +26,26 @@ def destination(
     The buffer is the result's own memory where that lies right and, unless the operation can work in
     place (``aliases``), is not the input's as well.
     """
-    result = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
-    lies_right = result.is_contiguous() and all(extent == 1 for extent in result.shape[:dim])
-    if out is not None and lies_right:
+    if out is None:
+        result = x.new_empty(shape)
+        if dim == 0:
+            return result, _line(result), None
+        lies_right = all(extent == 1 for extent in result.shape[:dim])
+    else:
+        result = out
+        lies_right = out.is_contiguous() and (dim == 0 or all(extent == 1 for extent in out.shape[:dim]))
         shown_as_is = not (out.is_conj() or out.is_neg())
-        lies_right = shown_as_is and (not _overlap(out, x) or (aliases and _same_place(out, x)))
+        apart = not _overlap(out, x) or (aliases and _same_place(out, x))
+        lies_right = lies_right and shown_as_is and apart
     if lies_right:
-        return result, result.view(-1), None
+        return result, _line(result), None
     moved = (*shape[dim : dim + 1], *shape[:dim], *shape[dim + 1 :])
-    buffer = torch.empty(moved, dtype=x.dtype, device=x.device)
-    return result, buffer.view(-1), lambda: result.copy_(buffer.movedim(0, dim) if dim else buffer)
+    buffer = x.new_empty(moved)
+    return result, _line(buffer), lambda: result.copy_(buffer.movedim(0, dim) if dim else buffer)
+
+
+def _line(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() == 1 else x.view(-1)
 
 
 def _same_place(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -43,13 +53,14 @@ def _same_place(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors may share memory."""
-    if a.numel() == 0 or b.numel() == 0 or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
-    (a_low, a_high), (b_low, b_high) = _span(a), _span(b)
-    return a_low < b_high and b_low < a_high
+    """Whether two tensors may share memory: whether the stretches of it that they span meet."""
+    a_low, b_low = a.data_ptr(), b.data_ptr()
+    return bool(a_low and b_low) and a_low < b_low + _reach(b) and b_low < a_low + _reach(a)
 
 
-def _span(x: torch.Tensor) -> tuple[int, int]:
+def _reach(x: torch.Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if x.is_contiguous():
+        return x.nbytes
     reach = sum((extent - 1) * stride for extent, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
+    return (reach + 1) * x.element_size() if x.numel() else 0

@@ -64,6 +64,8 @@ def as_reduce_op(op: ReduceOp | str) -> ReduceOp:
 
 def meaningless(op: str, dtype: torch.dtype) -> str | None:
     """Why ``op`` has no meaning on ``dtype``; None where it has one."""
+    if op in ("sum", "product") and not is_fp8(dtype):
+        return None
     if is_fp8(dtype):
         return "8-bit floats can be moved but not reduced; convert to float32 or bfloat16 first"
     if op in BITWISE:

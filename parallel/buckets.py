@@ -102,8 +102,8 @@ class Bucket:
 
 
 def make_buckets(module: nn.Module, limit: int) -> list[Bucket]:
-    # named_parameters yields tied parameters once. Those of size zero have nothing to reduce.
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad and p.numel()]
+    # named_parameters yields tied parameters once.
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     names = {p: n for n, p in named}
     packs = packs_of([p for _, p in reversed(named)], limit)
     return [Bucket([(names[p], p) for p in pack]) for pack in packs]

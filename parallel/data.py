@@ -50,8 +50,7 @@ class DataParallel(nn.Module):
         module: on the device it will train on; every rank passes the same architecture.
         group: the data-parallel ranks; by default the world.
         bucket_mb: size of a bucket in MiB; the result does not depend on it, the overlap does.
-        sync_buffers: before each training forward, broadcast rank 0's buffers (running statistics of batch
-        norm).
+        sync_buffers: before each training forward, broadcast rank 0's buffers (statistics of batch norm).
 
     Raises:
         ValueError: on all ranks, when parameters or ``bucket_mb`` differ between ranks.
@@ -141,7 +140,6 @@ class DataParallel(nn.Module):
         bucket.work = commlayer.all_reduce(flat, AVG, group=self.group, out=flat, async_op=True)
         self._launched += 1
 
-    @torch.no_grad()
     def _finish(self) -> None:
         """End of backward. Where they nest (re-entrant checkpoints), called once more than there is to do."""
         if not self._open:
@@ -198,7 +196,6 @@ class DataParallel(nn.Module):
 
 
 def _hook(parallel: weakref.ref[DataParallel], bucket: Bucket, slot: Slot) -> Callable[[Tensor], None]:
-    @torch.no_grad()  # backward(create_graph=True) runs hooks with gradients enabled
     def ready(_: Tensor) -> None:
         if (alive := parallel()) is not None:
             alive._ready(bucket, slot)

@@ -211,6 +211,22 @@ def test_gradient_accumulated_under_no_sync_only_is_not_lost():
     run_local(rank, ranks=2)
 
 
+def test_gradients_set_by_hand_are_averaged_too():
+    torch.manual_seed(0)
+    net = Branches(3)
+
+    def rank():
+        model = DataParallel(copy.deepcopy(net))
+        if model.group.rank == 0:
+            bias = model.module.branches[2][0].bias
+            bias.grad = torch.full_like(bias, 3.0)
+        model(batch([1, 1])[0], [0]).sum().backward()
+        assert (model.module.branches[2][0].bias.grad == 1.5).all()
+        assert model.module.branches[1][0].bias.grad is None
+
+    run_local(rank, ranks=2)
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_training_follows_the_serial_run(set_to_none):
     def rank():
@@ -225,7 +241,7 @@ def test_training_follows_the_serial_run(set_to_none):
                 optimizer.step()
         for (name, p), q in zip(model.module.named_parameters(), serial.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-            if p.grad is not None and p.numel():
+            if p.grad is not None:
                 assert any(p.grad._base is flat for flat in flats), f"{name}: grad is no view of a bucket"
         return {name: p.detach().clone() for name, p in model.module.named_parameters()}
 
@@ -255,12 +271,13 @@ def test_buffers_follow_rank_0_in_training(sync):
         x = torch.tensor([[0.0, 1.0], [2.0, 3.0]]) + 10 * model.group.rank
         model(x).sum().backward()
         before = model.module.running_mean.clone()
+        model.eval()(x)
+        evaluated = model.module.running_mean.clone()
         model.module.momentum = 0.0  # the next forward keeps what it finds
-        model(x)
-        model.eval()(x[: model.group.rank])  # evaluation takes no part in anything
-        return before[0].item(), model.module.running_mean[0].item()
+        model.train()(x)
+        return [mean[0].item() for mean in (before, evaluated, model.module.running_mean)]
 
-    assert run_local(rank, ranks=2) == [(1.0, 1.0), (11.0, 1.0 if sync else 11.0)]
+    assert run_local(rank, ranks=2) == [[1.0, 1.0, 1.0], [11.0, 11.0, 1.0 if sync else 11.0]]
 
 
 def test_state_dict_has_no_prefix_and_loads_back():
@@ -371,6 +388,7 @@ def test_wrapping_again_replaces_the_first_wrapper():
         del old
         gc.collect()
         assert gone() is None, "hooks on the parameters keep the wrapper alive"
+        assert not net.scale._post_accumulate_grad_hooks, "hooks of the old wrapper stay behind"
         model = DataParallel(net)
         loss_of(model, x[mine], y[mine], len(x), 2).backward()
         assert_same(gradients(net), serial_gradients(x, y), **CLOSE)
