@@ -38,7 +38,7 @@ class Allocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and "empty" in str(func) or "zeros" in str(func):
+        if isinstance(result, torch.Tensor) and ("empty" in str(func) or "zeros" in str(func)):
             storage = result.untyped_storage()
             size, key = storage.nbytes(), storage.data_ptr()
             if key and key not in self.seen:
@@ -54,7 +54,7 @@ class Allocated(TorchDispatchMode):
 
 
 def splits(rank: int, size: int, elements: int, skew: int) -> list[int]:
-    """What a rank sends to each, ``elements`` in all: the first half of the ranks gets ``skew`` times the others' share."""
+    """What a rank sends to each, ``elements`` in all: half of the ranks get ``skew`` times the share of the others."""
     weights = [skew if dst < (size + 1) // 2 else 1 for dst in range(size)]
     total = sum(weights)
     parts = [elements * weight // total for weight in weights]

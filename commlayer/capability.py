@@ -227,17 +227,19 @@ def parse_disabled(text: str) -> tuple[Rule, ...]:
     """Rules from ``op[:reduce][:uneven][@dtype]``, comma separated: ``all_to_all,all_reduce:avg@bfloat16``."""
     rules = []
     for item in filter(None, (part.strip() for part in text.split(","))):
-        head, _, dtype = item.partition("@")
+        head, at, dtype = item.partition("@")
         op, *words = head.split(":")
         layouts = frozenset(word for word in words if word in LAYOUTS)
         reduce = frozenset(words) - layouts
-        if op not in OPS or not reduce <= set(REDUCE_NAMES) or (dtype and dtype not in DTYPES):
+        dtypes = frozenset({dtype}) if at else None
+        rule = Rule("absent", frozenset({op}), reduce or None, dtypes, None, layouts or None, "disabled")
+        known = op in OPS and reduce <= set(REDUCE_NAMES) and (not at or dtype in DTYPES)
+        if not known or not any(map(rule.matches, requests("cpu"))):
             raise ValueError(
-                f"disabled capabilities: {item!r} is not op[:reduce][:even|uneven][@dtype] "
-                f"with op in {', '.join(OPS)} and reduce in {', '.join(REDUCE_NAMES)}"
+                f"disabled capabilities: {item!r} matches nothing; expected op[:reduce][:even|uneven][@dtype] "
+                f"with op in {', '.join(OPS)} and reduce in {', '.join(REDUCE_NAMES)}, as far as they go together"
             )
-        dtypes = frozenset({dtype}) if dtype else None
-        rules.append(Rule("absent", frozenset({op}), reduce or None, dtypes, None, layouts or None, "disabled"))
+        rules.append(rule)
     return tuple(rules)
 
 

@@ -97,18 +97,22 @@ def check_splittable(x: torch.Tensor) -> None:
         raise ValueError("x: a 0-dim tensor cannot be split over ranks; give it a dim, x.reshape(1)")
 
 
-def check_out(out: torch.Tensor, shape: Sequence[int], like: torch.Tensor, group: Group) -> None:
+def check_out(out: torch.Tensor, shape: Sequence[int], like: torch.Tensor, group: Group, name: str = "out") -> None:
     """A destination that fits: right shape and dtype, no two elements in one place, outside autograd."""
-    check_tensor(out, group, "out")
+    check_tensor(out, group, name)
     if out.shape != shape and tuple(out.shape) != tuple(shape):
-        raise ValueError(f"out: expected shape {tuple(shape)}, got {tuple(out.shape)}")
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(out.shape)}")
     if out.dtype != like.dtype:
-        raise TypeError(f"out: expected dtype {like.dtype}, got {out.dtype}")
+        raise TypeError(f"{name}: expected dtype {like.dtype}, got {out.dtype}")
     if out.requires_grad and torch.is_grad_enabled():
-        raise ValueError("out: requires grad; a result written into out has no gradient, leave out= away")
-    if out.is_contiguous():
+        raise ValueError(f"{name}: requires grad, but what is written into it has no gradient; detach it")
+    if out.is_contiguous() or not out.numel():
         return
-    if any(stride == 0 and extent > 1 for stride, extent in zip(out.stride(), out.shape, strict=True)):
-        raise ValueError(
-            f"out: is an expanded tensor (strides {out.stride()}) whose elements share memory; use out.contiguous()"
-        )
+    reach = 1  # elements that the dims so far, from the closest, can touch
+    for stride, extent in sorted(zip(out.stride(), out.shape, strict=True)):
+        if extent > 1 and stride < reach:
+            raise ValueError(
+                f"{name}: elements share memory (shape {tuple(out.shape)}, strides {out.stride()}), as in an expanded "
+                "tensor; give a destination of its own"
+            )
+        reach += (extent - 1) * stride

@@ -147,7 +147,7 @@ def reduce(
         return _finished(result, g.flat.reduce(buffer, flat(x), op, dst), finish)
 
     def adjoint(grad: Tensor) -> Tensor:
-        full = broadcast(grad if at_root else _shaped(x.shape, grad), src=dst, group=g)
+        full = broadcast(grad if at_root else _joined(x.shape, grad), src=dst, group=g)
         if op.factor is not None:
             return op.factor * full
         return full / g.size if op.name == "avg" else full
@@ -347,7 +347,7 @@ def gather(
         return _finished(result, work, finish)
 
     def adjoint(grad: Tensor) -> Tensor:
-        full = grad if at_root else _shaped(shape, grad)
+        full = grad if at_root else _joined(shape, grad)
         return scatter(full, src=dst, dim=dim, sizes=sizes, group=g).reshape(x.shape)
 
     return _only_at_root(_launch("gather", x, out, async_op, start, adjoint), at_root, async_op)
@@ -416,7 +416,7 @@ def recv(x: Tensor, src: int, tag: int = 0, *, group: Group | None = None, async
     if isinstance(x, torch.Tensor) and x.device.type == "meta":
         x = torch.empty(x.shape, dtype=x.dtype, device=g.device)
     check_tensor(x, g)
-    check_out(x, x.shape, x, g)
+    check_out(x, x.shape, x, g, "x")
     check_rank(src, g, "src")
     check_tag(tag)
     result, buffer, finish = destination(x.shape, x.new_empty(0), x)
@@ -532,6 +532,11 @@ def _scattered(
 def _shaped(shape: Sequence[int], like: Tensor) -> Tensor:
     """A tensor of which only shape and dtype count: one element, seen often."""
     return like.new_empty(1).expand(tuple(shape))
+
+
+def _joined(shape: Sequence[int], part: Tensor) -> Tensor:
+    """The same, in the graph of ``part``, so that a second derivative is communicated by this rank too."""
+    return part.sum().expand(tuple(shape))
 
 
 def _only_at_root(result: Any, at_root: bool, async_op: bool) -> Any:

@@ -14,7 +14,7 @@ from commlayer.backends.single import Single
 from commlayer.capability import EVERYTHING, OPS, REDUCING, SPLITTABLE, CapabilitySet, Request
 from commlayer.errors import UnsupportedOperation
 from commlayer.planner import Plan, native_cost, plan
-from commlayer.reduce_op import SUM, ReduceOp, as_reduce_op
+from commlayer.reduce_op import SUM, ReduceOp, as_reduce_op, meaningless
 from commlayer.work import Work, gather_works
 
 Runner = Callable[["Planned", str, tuple[Any, ...]], Work]
@@ -197,9 +197,13 @@ class Group:
         if op not in OPS:
             raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
         self._check_member()
+        name = "premul_sum" if reduce == "premul_sum" else as_reduce_op(reduce).name
+        why = meaningless(name, dtype) if op in REDUCING else None
+        if why is not None:
+            raise TypeError(f"reduce: {name} of {dtype} has no meaning: {why}")
         request = Request(
             op,
-            as_reduce_op(reduce).name if op in REDUCING else None,
+            name if op in REDUCING else None,
             torch.uint8 if op == "barrier" else dtype,
             self.device.type,
             "uneven" if uneven and op in SPLITTABLE else "even",

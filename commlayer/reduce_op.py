@@ -6,8 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from commlayer.errors import UnsupportedOperation
+
 BITWISE = frozenset({"band", "bor", "bxor"})
 ORDERED = frozenset({"min", "max"})
+
+
+NAMES = ("sum", "avg", "product", "min", "max", "band", "bor", "bxor", "premul_sum")
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,12 @@ class ReduceOp:
 
     name: str
     factor: float | torch.Tensor | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"op: expected one of {', '.join(NAMES)}, got {self.name!r}")
+        if (self.factor is None) == (self.name == "premul_sum"):
+            raise ValueError(f"op: a factor belongs to premul_sum, and to it alone; got {self.name} and {self.factor}")
 
     def __repr__(self) -> str:
         return self.name.upper() if self.factor is None else f"premul_sum({self.factor})"
@@ -34,20 +45,25 @@ BOR = ReduceOp("bor")
 BXOR = ReduceOp("bxor")
 
 BY_NAME = {op.name: op for op in (SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR, BXOR)}
-NAMES = (*BY_NAME, "premul_sum")
 
 # Those whose adjoint is a collective of the same kind (the result is linear in the input).
 LINEAR = frozenset({"sum", "avg", "premul_sum"})
 
 
 def premul_sum(factor: float | torch.Tensor) -> ReduceOp:
-    """SUM of ``factor * x``; each rank may bring its own factor (a number or a tensor of one element).
+    """SUM of ``factor * x``; each rank may bring its own factor (a real number, or a tensor of one).
 
     Follows NCCL's ``ncclRedOpCreatePreMulSum``, except that the caller's tensor is never scaled in place.
     """
     if isinstance(factor, torch.Tensor):
         if factor.numel() != 1:
             raise ValueError(f"premul_sum: factor must have one element, got shape {tuple(factor.shape)}")
+        if factor.is_complex() or factor.dtype == torch.bool:
+            raise TypeError(f"premul_sum: factor must be real, got {factor.dtype}")
+        if factor.requires_grad:
+            raise UnsupportedOperation(
+                "premul_sum: no gradient flows to a factor, and this one requires it; reduce factor * x instead"
+            )
     elif isinstance(factor, bool) or not isinstance(factor, (int, float)):
         raise TypeError(f"premul_sum: factor must be a number or a one-element tensor, got {factor!r}")
     return ReduceOp("premul_sum", factor)

@@ -52,7 +52,8 @@ class Reporter:
         """Show one entry of the history; ``rate`` is in training samples per second."""
         score = f"RMSE {entry['rmse']:.3f}{self.unit} (persistence {persistence:.3f})"
         if self.console.is_terminal:
-            self._bar.update(self._task, description=f"{score} {rate:.0f} samples/s")
+            speed = f" {rate:.0f} samples/s" if entry["step"] else ""
+            self._bar.update(self._task, description=score + speed)
         elif entry["step"]:
             self.say(f"epoch {entry['epoch']}  loss {entry['loss']:.4f}  {score}  {rate:.0f} samples/s")
         else:

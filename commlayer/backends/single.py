@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from commlayer.arithmetic import premultiplied
+from commlayer.arithmetic import combine, premultiplied
 from commlayer.backends.base import Communicator, Counts, Message
 from commlayer.errors import CommError
-from commlayer.reduce_op import ReduceOp
+from commlayer.reduce_op import ORDERED, ReduceOp
 from commlayer.work import Work
 
 
@@ -29,6 +29,8 @@ class Single(Communicator):
     def all_reduce(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp) -> Work:
         if op.factor is not None:
             out.copy_(premultiplied(x, op))
+        elif op.name in ORDERED and x.dtype.is_floating_point:
+            out.copy_(combine([x], op.name))  # the canonical NaN, as elsewhere
         elif out is not x:
             out.copy_(x)
         return Work()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -37,6 +38,10 @@ DEVICE_OF = {"gloo": "cpu", "mpi": "cpu", "nccl": "cuda", "xccl": "xpu", "ccl": 
 BATCHED = frozenset({"nccl", "xccl", "ccl"})
 
 
+# Seconds that close() gives messages which were sent but never waited for.
+LINGER = 5.0
+
+
 class Native(Work):
     """A request of torch.distributed, with the tensors it works on."""
 
@@ -62,6 +67,11 @@ class Native(Work):
             self._work, self._tensors = None, ()
         return self.result
 
+    def __del__(self) -> None:
+        # Dropped without wait(). Process groups hold collectives, but a gloo message is only as alive as its handle.
+        if getattr(self, "_work", None) is not None and self._what in ("send", "recv", "exchange"):
+            self._comm._abandoned.append((self._work, self._tensors))
+
 
 class TorchCommunicator(Communicator):
     """Ranks of a torch.distributed process group."""
@@ -82,6 +92,7 @@ class TorchCommunicator(Communicator):
         self._shared = 0
         self._children: Counter[tuple[int, ...]] = Counter()
         self._reduce_options: dict[str, Any] = {}
+        self._abandoned: list[Any] = []
 
     def version(self) -> str:
         if self.name == "nccl":
@@ -229,6 +240,10 @@ class TorchCommunicator(Communicator):
         They must not outlive the interpreter: a worker that lets go of a tensor during shutdown asks for the GIL and
         ends in std::terminate (torch 2.13, gloo).
         """
+        for work, _ in self._abandoned:
+            with suppress(RuntimeError):  # a peer that never took it, or has left
+                work.wait(timedelta(seconds=min(self.timeout, LINGER)))
+        self._abandoned.clear()
         group, self.group = self.group, _Closed()
         if self._owned and self.name != "gloo" and hasattr(group, "shutdown"):
             group.shutdown()

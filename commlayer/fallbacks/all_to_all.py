@@ -48,7 +48,7 @@ def padded_all_gather(
     """
     outgoing, incoming = pieces(x, in_counts, g.size), pieces(out, out_counts, g.size)
     longest = x.numel() // g.size if in_counts is None else max(map(max, _count_matrix(g, in_counts, x)))
-    width = max(1, min(longest, WORKSPACE // (g.size * g.size * x.element_size())))
+    width = max(1, min(longest, WORKSPACE // (g.size * (g.size + 1) * x.element_size())))
     mine = x.new_empty(g.size, width)
     everything = x.new_empty(g.size, g.size, width)
     for start in range(0, longest, width):

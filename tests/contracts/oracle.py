@@ -6,10 +6,15 @@ is exact for every dtype, NumPy's or not. Reductions decode to float64, complex1
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+with warnings.catch_warnings():  # torch says once per process that complex32 is experimental
+    warnings.simplefilter("ignore")
+    torch.empty(1, dtype=torch.complex32)
 
 DTYPES = {
     name: getattr(torch, name)
@@ -85,7 +90,7 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
     """Bytes of float64 values, rounded once."""
     values = np.asarray(values, np.float64)
     if dtype == "bfloat16":
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        bits = np.asarray(values, np.float32, order="C").view(np.uint32)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         bits16 = np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
         return bits16[..., None].view(np.uint8)
@@ -99,7 +104,7 @@ def decode(data: np.ndarray, dtype: str) -> np.ndarray:
     if dtype in COMPLEX:
         half = data.shape[-1] // 2
         real, imag = (decode(part, COMPLEX[dtype]) for part in (data[..., :half], data[..., half:]))
-        return real + 1j * imag
+        return _pair(real, imag)  # real + 1j * imag makes NaN of infinities
     if dtype == "bfloat16":
         bits = data.view(np.uint16)[..., 0].astype(np.uint32) << 16
         return bits.view(np.float32).astype(np.float64)
@@ -165,7 +170,7 @@ def reduced(rows: list[np.ndarray], op: str, dtype: str, factors: list[float] | 
             "band": np.bitwise_and, "bor": np.bitwise_or, "bxor": np.bitwise_xor,
         }[op]  # fmt: skip
         result = function.reduce(table, axis=0, dtype=table.dtype)
-        return Exact(np.ascontiguousarray(result)[..., None].view(np.uint8))
+        return Exact(np.asarray(result, order="C")[..., None].view(np.uint8))
     if op in ("min", "max"):
         return Exact(_extreme(np.stack(rows), op, dtype))
     if dtype in COMPLEX and op != "product":

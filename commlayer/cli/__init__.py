@@ -1,0 +1,54 @@
+"""The ``commlayer`` command; one module per subcommand."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from commlayer import __version__
+from commlayer.cli import capabilities, demo, doctor, launch
+from commlayer.cli.console import print_error
+from commlayer.errors import CommError
+
+
+class OneLineErrors(typer.core.TyperGroup):
+    """What the layer itself reports is news for the user, not a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:  # wrong settings, profiles, names
+            print_error(str(error))
+            raise typer.Exit(2) from error
+        except CommError as error:
+            print_error(str(error))
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("doctor")(doctor.main)
+app.command("capabilities")(capabilities.main)
+app.command("launch", context_settings={"allow_interspersed_args": False})(launch.main)
+app.command("demo", context_settings={"allow_interspersed_args": False})(demo.main)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"commlayer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """One communication layer for PyTorch, on NCCL, XCCL, Gloo and MPI."""
