@@ -56,6 +56,9 @@ def from_order_keys(keys: torch.Tensor, dtype: torch.dtype, op: str) -> torch.Te
 def combine(rows: Sequence[torch.Tensor], op: str) -> torch.Tensor:
     """Reduce equal-shaped tensors in the order given; ``premul_sum`` expects rows already scaled."""
     dtype = rows[0].dtype
+    if dtype.is_complex and op != "product":
+        # As pairs of reals: complex addition of infinities makes NaN of finite parts.
+        return torch.view_as_complex(combine([torch.view_as_real(row) for row in rows], op))
     if op == "avg":
         return _mean(rows, dtype)
     if op == "premul_sum":

@@ -1,16 +1,13 @@
-"""The public operations on tensors.
+"""The public collectives on tensors.
 
 All of them follow one pattern: check the arguments; bring input and destination into the flat form that
-backends work on; start; wait, or hand out a ``Work``. Where the input requires grad, the result carries the
-exact adjoint, which is made of these same functions and therefore differentiable in turn.
-
-``requires_grad`` must be the same on every rank, since the adjoint communicates too.
+backends work on; start; wait, or hand out a ``Work`` (see ``differentiable``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -23,63 +20,14 @@ from commlayer.checks import (
     check_reduce,
     check_sizes,
     check_splittable,
-    check_tag,
     check_tensor,
 )
-from commlayer.errors import UnsupportedOperation
+from commlayer.differentiable import Started, Tensor, finished, launch
 from commlayer.group import Group
 from commlayer.layout import destination, flat
 from commlayer.reduce_op import LINEAR, SUM, ReduceOp, as_reduce_op
 from commlayer.runtime import resolve
 from commlayer.work import Work
-
-Tensor = torch.Tensor
-Started = tuple[Tensor, Work]
-Adjoint = Callable[[Tensor], Tensor]
-T = TypeVar("T")
-
-
-class _Collective(torch.autograd.Function):
-    """Any operation with its adjoint."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, start: Callable[[Tensor], Started], adjoint: Adjoint, box: list[Work]) -> Tensor:
-        ctx.adjoint = adjoint
-        result, work = start(x)
-        box.append(work)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.adjoint(grad), None, None, None
-
-
-def _launch(
-    name: str,
-    x: Tensor,
-    out: Tensor | None,
-    async_op: bool,
-    start: Callable[[Tensor], Started],
-    adjoint: Adjoint | None,
-) -> Any:
-    if x.requires_grad and torch.is_grad_enabled():
-        if adjoint is None:
-            raise UnsupportedOperation(f"{name} has no gradient, and x requires one; use x.detach() to go without")
-        if out is not None:
-            raise ValueError(f"{name}: out= carries no gradient, and x requires one; leave out= away or detach x")
-        box: list[Work] = []
-        result = _Collective.apply(x, start, adjoint, box)
-        work = box[0]
-    else:
-        result, work = start(x)
-    if async_op:
-        return work.then(lambda: result)
-    work.wait()
-    return result
-
-
-def _finished(result: T, work: Work, finish: Callable[[], object] | None) -> tuple[T, Work]:
-    return result, work if finish is None else work.then(finish)
 
 
 def all_reduce(
@@ -105,14 +53,14 @@ def all_reduce(
     def start(x: Tensor) -> Started:
         result, buffer, finish = destination(x.shape, x, out, aliases=True)
         work = g.flat.all_reduce(buffer, flat(x), op) if x.numel() else Work()
-        return _finished(result, work, finish)
+        return finished(result, work, finish)
 
     def adjoint(grad: Tensor) -> Tensor:
         if op.factor is not None:
             return op.factor * all_reduce(grad, group=g)
         return all_reduce(grad, op, group=g)
 
-    return _launch(f"all_reduce {op}", x, out, async_op, start, adjoint if op.name in LINEAR else None)
+    return launch(f"all_reduce {op}", x, out, async_op, start, adjoint if op.name in LINEAR else None)
 
 
 def reduce(
@@ -144,7 +92,7 @@ def reduce(
         if not at_root:
             return x.new_empty(0), g.flat.reduce(None, flat(x), op, dst)
         result, buffer, finish = destination(x.shape, x, out)
-        return _finished(result, g.flat.reduce(buffer, flat(x), op, dst), finish)
+        return finished(result, g.flat.reduce(buffer, flat(x), op, dst), finish)
 
     def adjoint(grad: Tensor) -> Tensor:
         full = broadcast(grad if at_root else _joined(x.shape, grad), src=dst, group=g)
@@ -152,7 +100,7 @@ def reduce(
             return op.factor * full
         return full / g.size if op.name == "avg" else full
 
-    result = _launch(f"reduce {op}", x, out, async_op, start, adjoint if op.name in LINEAR else None)
+    result = launch(f"reduce {op}", x, out, async_op, start, adjoint if op.name in LINEAR else None)
     return _only_at_root(result, at_root, async_op)
 
 
@@ -177,13 +125,13 @@ def broadcast(
             values = flat(x)
             if values.data_ptr() != buffer.data_ptr():
                 buffer.copy_(values)
-        return _finished(result, g.flat.broadcast(buffer, src), finish)
+        return finished(result, g.flat.broadcast(buffer, src), finish)
 
     def adjoint(grad: Tensor) -> Tensor:
         total = reduce(grad, dst=src, group=g)
         return total if g.rank == src else _zeros_after(total, x.shape, grad)
 
-    return _launch("broadcast", x, out, async_op, start, adjoint)
+    return launch("broadcast", x, out, async_op, start, adjoint)
 
 
 def all_gather(
@@ -210,12 +158,12 @@ def all_gather(
     def start(x: Tensor) -> Started:
         result, buffer, finish = destination(shape, x, out, dim)
         work = g.flat.all_gather(buffer, flat(x, dim), counts) if buffer.numel() else Work()
-        return _finished(result, work, finish)
+        return finished(result, work, finish)
 
     def adjoint(grad: Tensor) -> Tensor:
         return reduce_scatter(grad, dim=dim, sizes=sizes, group=g).reshape(x.shape)
 
-    return _launch("all_gather", x, out, async_op, start, adjoint)
+    return launch("all_gather", x, out, async_op, start, adjoint)
 
 
 def reduce_scatter(
@@ -246,7 +194,7 @@ def reduce_scatter(
     def start(x: Tensor) -> Started:
         result, buffer, finish = destination(shape, x, out, dim)
         work = g.flat.reduce_scatter(buffer, flat(x, dim), op, counts) if x.numel() else Work()
-        return _finished(result, work, finish)
+        return finished(result, work, finish)
 
     def adjoint(grad: Tensor) -> Tensor:
         full = all_gather(grad, dim=dim, sizes=sizes, group=g)
@@ -254,7 +202,7 @@ def reduce_scatter(
             return op.factor * full
         return full / g.size if op.name == "avg" else full
 
-    return _launch(f"reduce_scatter {op}", x, out, async_op, start, adjoint if op.name in LINEAR else None)
+    return launch(f"reduce_scatter {op}", x, out, async_op, start, adjoint if op.name in LINEAR else None)
 
 
 def all_to_all(
@@ -304,12 +252,12 @@ def all_to_all(
         if inner == 0 or (outgoing is None and not x.numel()):
             return result, Work()  # empty on every rank; uneven shares of nothing still have to be called
         work = g.flat.all_to_all(buffer, flat(x, dim), _times(incoming, inner), _times(outgoing, inner))
-        return _finished(result, work, finish)
+        return finished(result, work, finish)
 
     def adjoint(grad: Tensor) -> Tensor:
         return all_to_all(grad, input_splits=incoming, output_splits=outgoing, dim=dim, group=g)
 
-    return _launch("all_to_all", x, out, async_op, start, adjoint)
+    return launch("all_to_all", x, out, async_op, start, adjoint)
 
 
 def gather(
@@ -344,13 +292,13 @@ def gather(
             return x.new_empty(0), g.flat.gather(None, flat(x, dim), dst, counts) if total else Work()
         result, buffer, finish = destination(shape, x, out, dim)
         work = g.flat.gather(buffer, flat(x, dim), dst, counts) if total else Work()
-        return _finished(result, work, finish)
+        return finished(result, work, finish)
 
     def adjoint(grad: Tensor) -> Tensor:
         full = grad if at_root else _joined(shape, grad)
         return scatter(full, src=dst, dim=dim, sizes=sizes, group=g).reshape(x.shape)
 
-    return _only_at_root(_launch("gather", x, out, async_op, start, adjoint), at_root, async_op)
+    return _only_at_root(launch("gather", x, out, async_op, start, adjoint), at_root, async_op)
 
 
 def scatter(
@@ -380,92 +328,13 @@ def scatter(
         result, buffer, finish = destination(shape, x, out, dim)
         values = flat(x, dim) if g.rank == src else None
         work = g.flat.scatter(buffer, values, src, counts) if x.numel() else Work()
-        return _finished(result, work, finish)
+        return finished(result, work, finish)
 
     def adjoint(grad: Tensor) -> Tensor:
         total = gather(grad, dst=src, dim=dim, sizes=sizes, group=g)
         return total if g.rank == src else _zeros_after(total, x.shape, grad)
 
-    return _launch("scatter", x, out, async_op, start, adjoint)
-
-
-def send(x: Tensor, dst: int, tag: int = 0, *, group: Group | None = None, async_op: bool = False) -> Work | None:
-    """Send ``x`` to rank ``dst``, which receives the same shape and dtype with the same tag.
-
-    Not differentiable (UnsupportedOperation where ``x`` requires grad): use sendrecv. (MPI_Send.)
-    """
-    g = resolve(group)
-    check_tensor(x, g)
-    check_rank(dst, g, "dst")
-    check_tag(tag)
-    if x.requires_grad and torch.is_grad_enabled():
-        raise UnsupportedOperation("send has no gradient, and x requires one; use sendrecv, or send x.detach()")
-    work = g.flat.send(flat(x), dst, tag) if x.numel() else Work()
-    if async_op:
-        return work
-    work.wait()
-    return None
-
-
-def recv(x: Tensor, src: int, tag: int = 0, *, group: Group | None = None, async_op: bool = False) -> Any:
-    """Receive into ``x`` what rank ``src`` sends, and return it.
-
-    A tensor on the meta device is taken as a description only: the result is then a new one like it. (MPI_Recv.)
-    """
-    g = resolve(group)
-    if isinstance(x, torch.Tensor) and x.device.type == "meta":
-        x = torch.empty(x.shape, dtype=x.dtype, device=g.device)
-    check_tensor(x, g)
-    check_out(x, x.shape, x, g, "x")
-    check_rank(src, g, "src")
-    check_tag(tag)
-    result, buffer, finish = destination(x.shape, x.new_empty(0), x)
-    _, work = _finished(result, g.flat.recv(buffer, src, tag) if x.numel() else Work(), finish)
-    if async_op:
-        return work.then(lambda: result)
-    work.wait()
-    return result
-
-
-def sendrecv(
-    x: Tensor,
-    *,
-    dst: int,
-    src: int,
-    like: Tensor | None = None,
-    tag: int = 0,
-    group: Group | None = None,
-    out: Tensor | None = None,
-    async_op: bool = False,
-) -> Any:
-    """Send ``x`` to ``dst`` while receiving from ``src``, without deadlock; the result is what arrived.
-
-    It has the shape and dtype of ``x``, or of ``like`` where the two differ. Adjoint: the reverse. (MPI_Sendrecv.)
-    """
-    g = resolve(group)
-    check_tensor(x, g)
-    check_rank(dst, g, "dst")
-    check_rank(src, g, "src")
-    check_tag(tag)
-    template = x if like is None else like
-    if not isinstance(template, torch.Tensor):
-        raise TypeError(f"like: expected a torch.Tensor, got {type(template).__name__}")
-    if template.dtype != x.dtype:
-        raise TypeError(f"like: expected dtype {x.dtype}, as of x, got {template.dtype}")
-    shape = template.shape
-    if out is not None:
-        check_out(out, shape, x, g)
-
-    def start(x: Tensor) -> Started:
-        result, buffer, finish = destination(shape, x, out)
-        sends = [(flat(x), dst)] if x.numel() else []
-        recvs = [(buffer, src)] if buffer.numel() else []
-        return _finished(result, g.flat.exchange(sends, recvs, tag), finish)
-
-    def adjoint(grad: Tensor) -> Tensor:
-        return sendrecv(grad, dst=src, src=dst, like=_shaped(x.shape, grad), tag=tag, group=g)
-
-    return _launch("sendrecv", x, out, async_op, start, adjoint)
+    return launch("scatter", x, out, async_op, start, adjoint)
 
 
 def barrier(*, group: Group | None = None, async_op: bool = False) -> Work | None:
@@ -527,11 +396,6 @@ def _scattered(
         check_extent("sizes", sizes, x.shape[dim], dim, x)
         mine = sizes[g.rank]
     return sizes, [*x.shape[:dim], mine, *x.shape[dim + 1 :]], _times(sizes, _inner(x, dim))
-
-
-def _shaped(shape: Sequence[int], like: Tensor) -> Tensor:
-    """A tensor of which only shape and dtype count: one element, seen often."""
-    return like.new_empty(1).expand(tuple(shape))
 
 
 def _joined(shape: Sequence[int], part: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ def loss_curve(path: Path, history: list[dict[str, float]], rivals: dict[str, fl
     right.legend(fontsize="small")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     _save(figure, path)
 
 

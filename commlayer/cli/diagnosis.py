@@ -28,7 +28,7 @@ def diagnose(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Everything doctor shows; ``problems`` are what keeps a program from starting, ``notes`` are not."""
     problems: list[str] = []
     launch: Launch | None = None
-    settings: Settings | None = None
+    settings = Settings(backend=(env.get("COMMLAYER_BACKEND") or "auto").lower())
     try:
         launch = discover(env)
     except LaunchError as error:
@@ -40,7 +40,7 @@ def diagnose(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
         problems.append(str(error))
 
     auto, why = _automatic(launch)
-    wanted = settings.backend if settings else "auto"
+    wanted = settings.backend
     chosen = auto if wanted == "auto" else wanted
     names = [*BACKENDS, *([chosen] if chosen and chosen not in BACKENDS else [])]
     backends = {name: examine(name, launch) for name in names}
@@ -48,7 +48,7 @@ def diagnose(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
     if chosen:
         problems += _unusable(backends[chosen])
         try:
-            profiles = [p.name for p in capability_set(chosen, settings or Settings()).profiles]
+            profiles = [p.name for p in capability_set(chosen, settings).profiles]
         except (CommError, ValueError) as error:
             problems.append(str(error))
     if chosen and launch:
@@ -89,14 +89,16 @@ def devices() -> dict[str, Any]:
 
 
 def possible_ranks(env: Mapping[str, str]) -> set[int]:
-    """The ranks that launchers' variables name, each taken by itself, where together they make no sense."""
-    ranks = set()
+    """What launchers' variables say of the rank, each launcher by itself, where together they make no sense."""
+    ranks = {}
     for name in LAUNCHERS[:-1]:
         try:
-            ranks.add(discover({**env, "COMMLAYER_LAUNCHER": name}).rank)
+            ranks[name] = discover({**env, "COMMLAYER_LAUNCHER": name}).rank
         except LaunchError:
             continue
-    return ranks or {0}
+    if len(ranks) > 1:
+        ranks.pop("torchrun", None)  # RANK is what a script may have exported, the same for all
+    return set(ranks.values()) or {0}
 
 
 def _launcher(launch: Launch | None) -> dict[str, Any] | None:

@@ -30,9 +30,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command line 
 
 def main(
     ranks: Ranks,
-    arguments: Annotated[
-        list[str], typer.Argument(metavar="[--] SCRIPT [ARGS]...", help="The script and its own arguments.")
-    ],
+    arguments: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGS]", help="The script and its own arguments.")],
     module: Annotated[bool, typer.Option("-m", "--module", help="SCRIPT is a module, as in python -m.")] = False,
     backend: Backend = "auto",
     profile: Annotated[
@@ -49,7 +47,7 @@ def main(
     """Start a Python program on N ranks: commlayer launch -n 4 -- train.py --epochs 3
 
     Inside a Slurm allocation it starts srun; elsewhere mpiexec for the backend mpi, and torchrun's launcher for
-    all others. The exit status is the job's.
+    all others. The exit status is that launcher's: the job's under mpiexec and srun, 1 for any failure under torchrun.
     """
     if module:
         arguments = ["-m", *arguments]
@@ -77,7 +75,8 @@ def start(
         added["OMP_NUM_THREADS"] = str(_threads(ranks, os.environ))
     command = command_line(ranks, arguments, backend, shlex.split(options), os.environ)
     if dry_run:
-        print(shlex.join(["env", *(f"{name}={value}" for name, value in added.items()), *command]))
+        assignments = [f"{name}={shlex.quote(value)}" for name, value in added.items()]
+        print(" ".join([*assignments, shlex.join(command)]))
         return
     sys.stdout.flush()
     os.execvpe(command[0], command, {**os.environ, **added})

@@ -1,0 +1,71 @@
+"""The pattern of every public operation: start it, then wait or hand out a ``Work``; keep its adjoint.
+
+Where the input requires grad, the result carries the exact adjoint, which is made of the public functions
+and therefore differentiable in turn. ``requires_grad`` must be the same on every rank, since the adjoint
+communicates too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from commlayer.errors import UnsupportedOperation
+from commlayer.work import Work
+
+Tensor = torch.Tensor
+Started = tuple[Tensor, Work]
+Adjoint = Callable[[Tensor], Tensor]
+T = TypeVar("T")
+
+
+class _Collective(torch.autograd.Function):
+    """Any operation with its adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, start: Callable[[Tensor], Started], adjoint: Adjoint, box: list[Work]) -> Tensor:
+        ctx.adjoint = adjoint
+        result, work = start(x)
+        box.append(work)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.adjoint(grad), None, None, None
+
+
+def launch(
+    name: str,
+    x: Tensor,
+    out: Tensor | None,
+    async_op: bool,
+    start: Callable[[Tensor], Started],
+    adjoint: Adjoint | None,
+) -> Any:
+    """Run ``start`` on ``x`` and wait for it, unless ``async_op``; None for ``adjoint`` means there is none."""
+    if x.requires_grad and torch.is_grad_enabled():
+        if adjoint is None:
+            raise UnsupportedOperation(f"{name} has no gradient, and x requires one; use x.detach() to go without")
+        if out is not None:
+            raise ValueError(f"{name}: out= carries no gradient, and x requires one; leave out= away or detach x")
+        box: list[Work] = []
+        result = _Collective.apply(x, start, adjoint, box)
+        work = box[0]
+    else:
+        result, work = start(x)
+    if async_op:
+        return work.then(lambda: result)
+    work.wait()
+    return result
+
+
+def finished(result: T, work: Work, finish: Callable[[], object] | None) -> tuple[T, Work]:
+    """A result, and the work that ends with ``finish``."""
+    return result, work if finish is None else work.then(finish)
+
+
+def shaped(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A tensor of which only shape and dtype count: one element, seen often."""
+    return like.new_empty(1).expand(tuple(shape))
