@@ -91,9 +91,7 @@ def _find(name: str) -> Path:
         if path.is_file():
             return path
     shipped = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
-    raise FileNotFoundError(
-        f"config: no file {name!r}, and no shipped configuration of this name ({shipped})"
-    )
+    raise FileNotFoundError(f"config: no file {name!r}, and no shipped configuration of this name ({shipped})")
 
 
 def _parse_file(path: Path) -> dict[str, Any]:
@@ -117,7 +115,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _typed(value: Any, default: Any, key: str) -> Any:
-    if is_dataclass(default):
+    if is_dataclass(default) and not isinstance(default, type):
         defaults = {f.name: getattr(default, f.name) for f in fields(default)}
         return type(default)(**section(value, defaults, f"{key}." if key else ""))
     if isinstance(default, float) and not isinstance(value, bool):

@@ -14,7 +14,8 @@ from models.config import Optimizer
 
 def adamw(model: nn.Module, settings: Optimizer) -> AdamW:
     """Weight decay on matrices alone: not on biases, norms and positions."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         (plain if p.ndim < 2 or name.endswith("position") else decayed).append(p)
     groups = [

@@ -45,13 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m models.train",
         description="Train a ViT to forecast gridded fields, on any number of ranks.",
     )
-    parser.add_argument(
-        "--config", default="demo", help="a YAML file, or the name of a shipped configuration"
-    )
+    parser.add_argument("--config", default="demo", help="a YAML file, or the name of a shipped configuration")
     parser.add_argument("--output", help="folder for the results")
-    parser.add_argument(
-        "--require-skill", action="store_true", help="exit status 1 unless it beats persistence"
-    )
+    parser.add_argument("--require-skill", action="store_true", help="exit status 1 unless it beats persistence")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. epochs=5 optimizer.lr=1e-3")
     options = parser.parse_args(arguments)
     ours = not commlayer.is_initialized()
@@ -118,9 +114,7 @@ def build_model(config: Config, data: FieldPairs) -> ViT:
     return ViT(ViTConfig.named(size, **settings, **shape))
 
 
-def train(
-    config: Config, vit: ViT, train_data: FieldPairs, validation: FieldPairs, group: Group
-) -> dict[str, Any]:
+def train(config: Config, vit: ViT, train_data: FieldPairs, validation: FieldPairs, group: Group) -> dict[str, Any]:
     """Run the whole training; returns what is written to metrics.json, the same on every rank."""
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -223,9 +217,7 @@ def _step(
     return loss.detach()
 
 
-def _loader(
-    config: Config, data: FieldPairs, group: Group, *, shuffle: bool
-) -> tuple[ShardedBatches, DataLoader[Any]]:
+def _loader(config: Config, data: FieldPairs, group: Group, *, shuffle: bool) -> tuple[ShardedBatches, DataLoader[Any]]:
     batches = ShardedBatches(
         len(data), config.batch, rank=group.rank, size=group.size, shuffle=shuffle, seed=config.seed
     )

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from commlayer import UnsupportedOperation, Work
-from commlayer.errors import CommError
+from commlayer import CommError, UnsupportedOperation, Work
 
 
 class Slot:
@@ -73,9 +72,7 @@ class Bucket:
 
     def collect(self) -> None:
         """Complete the bucket for its reduction."""
-        if (
-            self._streams
-        ):  # gradients may come from several streams; the reduction follows the current one only
+        if self._streams:  # gradients may come from several, and the reduction follows the current one only
             current = torch.accelerator.current_stream(self.flat.device)
             for stream in self._streams - {current}:
                 current.wait_stream(stream)

@@ -30,8 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import commlayer
-from commlayer import AVG, Group, UnsupportedOperation
-from commlayer.errors import CommError
+from commlayer import AVG, CommError, Group, UnsupportedOperation
 from parallel.buckets import Bucket, Slot, make_buckets, packs_of
 
 

@@ -136,7 +136,7 @@ class MpiCommunicator(Communicator):
         node.Free()
 
     def version(self) -> str:
-        return MPI.Get_library_version().split("\n")[0].strip("\0 ")
+        return " ".join(MPI.Get_library_version().split("\n")[0].strip("\0 ").split())
 
     def all_reduce(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp) -> Work:
         datatype, count = DATATYPES[x.dtype], x.numel()

@@ -17,7 +17,7 @@ PACKAGES = ("h5py", "iris_sample_data", "matplotlib", "yaml")
 def main(
     ranks: Ranks = 2,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to its configuration: epochs=5.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to its configuration: epochs=5.")
     ] = None,
     backend: Backend = "auto",
     dry_run: DryRun = False,

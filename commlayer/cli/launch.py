@@ -30,7 +30,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command line 
 
 def main(
     ranks: Ranks,
-    arguments: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGS]", help="The script and its own arguments.")],
+    arguments: Annotated[list[str], typer.Argument(metavar="SCRIPT", help="The script and its own arguments.")],
     module: Annotated[bool, typer.Option("-m", "--module", help="SCRIPT is a module, as in python -m.")] = False,
     backend: Backend = "auto",
     profile: Annotated[

@@ -41,9 +41,7 @@ class ERA5Source:
         self.folder, self.variable = Path(folder), variable
         self.files = sorted(self.folder.glob("*.h5"))
         if not self.files:
-            raise FileNotFoundError(
-                f"{self.folder}: no *.h5 files; expected one per year with data set '{variable}'"
-            )
+            raise FileNotFoundError(f"{self.folder}: no *.h5 files; expected one per year with data set '{variable}'")
         shapes = []
         for path in self.files:
             with open_hdf5(path) as file:
@@ -99,9 +97,7 @@ def era5_pairs(
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"root: {root} is not a folder; expected {train}/, {validation}/ and stats/ in it"
-        )
+        raise FileNotFoundError(f"root: {root} is not a folder; expected {train}/, {validation}/ and stats/ in it")
     parts = []
     for folder in (train, validation):
         source = ERA5Source(root / folder, channels=channels, names=names, units=units)
@@ -119,17 +115,11 @@ def era5_pairs(
             raise ValueError(f"{root / 'stats' / 'global_stds.npy'}: expected positive numbers only")
         climatology = None
         if (path := root / "stats" / "time_means.npy").exists():
-            climatology = _statistic(
-                path, (1, source.stored, *map(len, (source.latitudes, source.longitudes)))
-            )
+            climatology = _statistic(path, (1, source.stored, *map(len, (source.latitudes, source.longitudes))))
             climatology = climatology[source.index]
-        parts.append(
-            FieldPairs(source, windows, mean, std, climatology=climatology, history=history, lead=lead)
-        )
+        parts.append(FieldPairs(source, windows, mean, std, climatology=climatology, history=history, lead=lead))
     if parts[0].grid != parts[1].grid:
-        raise ValueError(
-            f"{root}: {train} has a grid of {parts[0].grid}, {validation} one of {parts[1].grid}"
-        )
+        raise ValueError(f"{root}: {train} has a grid of {parts[0].grid}, {validation} one of {parts[1].grid}")
     return parts[0], parts[1]
 
 

@@ -9,10 +9,10 @@ Legend of shape suffixes: C channels, H latitudes, W longitudes, X = history · 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -94,14 +94,10 @@ class FieldPairs(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         """Back to physical units: … × C × H × W."""
         return state * self.std.to(state.device) + self.mean.to(state.device)
 
-    def collate(
-        self, samples: Sequence[tuple[torch.Tensor, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def collate(self, samples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch, possibly of no samples: a rank without work still has to take part in the step."""
         if not samples:
-            return torch.empty(0, self.in_channels, *self.grid), torch.empty(
-                0, len(self.channels), *self.grid
-            )
+            return torch.empty(0, self.in_channels, *self.grid), torch.empty(0, len(self.channels), *self.grid)
         xs, ys = zip(*samples, strict=True)
         return torch.stack(xs), torch.stack(ys)
 
@@ -126,13 +122,10 @@ class NetCDFSource:
         first = loaded[0]
         for file, other in zip(files, loaded, strict=True):
             same = np.array_equal(other.latitudes, first.latitudes)
-            if (
-                not same
-                or not np.array_equal(other.longitudes, first.longitudes)
-                or other.units != first.units
-            ):
+            if not same or not np.array_equal(other.longitudes, first.longitudes) or other.units != first.units:
                 raise ValueError(f"{file}: grid or units of '{variable}' differ from those of {files[0]}")
-        self.channels, self.units = (variable,), (first.units,)
+        self.channels: tuple[str, ...] = (variable,)
+        self.units: tuple[str, ...] = (first.units,)
         self.latitudes, self.longitudes = first.latitudes, first.longitudes
         self.years = [entry.years for entry in loaded]
         self.states = [entry.states for entry in loaded]
@@ -179,9 +172,7 @@ def netcdf_pairs(
     for part, what in zip(parts, ("before", "after"), strict=True):
         if not part:
             span = f"{min(y[0] for y in source.years):.0f} … {max(y[-1] for y in source.years):.0f}"
-            raise ValueError(
-                f"split: no window of {history} + {lead} steps {what} {split:g}; data cover {span}"
-            )
+            raise ValueError(f"split: no window of {history} + {lead} steps {what} {split:g}; data cover {span}")
     states = np.concatenate(training_states).astype(np.float64)
     mean = states.mean(0, keepdims=True)
     std = (states - mean).std().reshape(1, 1, 1)
@@ -205,9 +196,7 @@ def _read_netcdf(path: Path, variable: str) -> _NetCDF:
         try:
             time, latitude, longitude = (data.dims[axis][0] for axis in range(3))
         except (IndexError, RuntimeError):
-            raise ValueError(
-                f"{path}: '{variable}' has no coordinates for time, lat and lon attached"
-            ) from None
+            raise ValueError(f"{path}: '{variable}' has no coordinates for time, lat and lon attached") from None
         states = data[...].astype(np.float32) * np.float32(data.attrs.get("scale_factor", 1))
         states += np.float32(data.attrs.get("add_offset", 0))
         fill = data.attrs.get("_FillValue")
@@ -245,7 +234,7 @@ def _iris_files() -> list[Path]:
 # Shared with era5.py ------------------------------------------------------------------------------------
 
 
-def open_hdf5(path: Path):  # type: ignore[no-untyped-def]  # h5py.File; imported only when a file is opened
+def open_hdf5(path: Path) -> Any:  # h5py.File, of a module that is imported only when needed
     """Open for reading; an error names the file and what is wrong with it."""
     h5py = _h5py()
     try:
@@ -256,9 +245,9 @@ def open_hdf5(path: Path):  # type: ignore[no-untyped-def]  # h5py.File; importe
         raise ValueError(f"{path}: not an HDF5 or netCDF-4 file ({error})") from None
 
 
-def dataset(file: Iterable[str], path: Path, name: str, axes: str):  # type: ignore[no-untyped-def]  # h5py.Dataset
+def dataset(file: Any, path: Path, name: str, axes: str) -> Any:  # h5py.Dataset
     """The data set ``name`` of an open file, checked to have the axes given as ``time × lat × lon``."""
-    data = file.get(name) if hasattr(file, "get") else None
+    data = file.get(name)
     if not hasattr(data, "shape"):
         raise ValueError(f"{path}: no data set '{name}' ({axes}); it has {', '.join(sorted(file)) or 'none'}")
     if len(data.shape) != axes.count("×") + 1 or 0 in data.shape:
@@ -276,6 +265,6 @@ def _h5py() -> ModuleType:
     return h5py
 
 
-def _text(data, attribute: str) -> str:  # type: ignore[no-untyped-def]  # h5py.Dataset
+def _text(data: Any, attribute: str) -> str:
     value = data.attrs.get(attribute, "")
     return value.decode() if isinstance(value, bytes) else str(value)

@@ -59,9 +59,7 @@ def assert_gradients(model, reference, **tolerance):
     for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:
-            torch.testing.assert_close(
-                p.grad, q.grad.to(p.device), msg=lambda m, n=name: f"{n}: {m}", **tolerance
-            )
+            torch.testing.assert_close(p.grad, q.grad.to(p.device), msg=lambda m, n=name: f"{n}: {m}", **tolerance)
 
 
 def assert_alike(model, world):
@@ -69,9 +67,7 @@ def assert_alike(model, world):
     for name, p in model.named_parameters():
         for t in (p, p.grad):
             if t is not None and t.numel():
-                low, high = (
-                    commlayer.all_reduce(t.detach(), op, group=world) for op in (commlayer.MIN, commlayer.MAX)
-                )
+                low, high = (commlayer.all_reduce(t.detach(), op, group=world) for op in (commlayer.MIN, commlayer.MAX))
                 assert torch.equal(low, high), name
 
 
@@ -101,11 +97,7 @@ def test_accumulation_without_communication(world):
     mine = parts[world.rank]
     for piece, last in ((slice(mine.start, mine.start + 1), False), (slice(mine.start + 1, mine.stop), True)):
         piece = slice(piece.start, min(piece.stop, mine.stop))
-        loss = (
-            (model(x[piece].to(world.device)) - y[piece].to(world.device)).square().sum()
-            * world.size
-            / len(x)
-        )
+        loss = (model(x[piece].to(world.device)) - y[piece].to(world.device)).square().sum() * world.size / len(x)
         if last:
             loss.backward()
         else:
@@ -144,7 +136,5 @@ def test_half_precision_and_many_buckets(world):
 def test_ranks_with_different_modules_are_all_told(world):
     if world.size == 1:
         pytest.skip("needs two ranks")
-    with pytest.raises(
-        ValueError, match=r"rank 0 has weight: float32 \[3, 2\], rank 1 has weight: float32 \[4, 2\]"
-    ):
+    with pytest.raises(ValueError, match=r"rank 0 has weight: float32 \[3, 2\], rank 1 has weight: float32 \[4, 2\]"):
         DataParallel(nn.Linear(2, 3 + (world.rank == 1)).to(world.device))

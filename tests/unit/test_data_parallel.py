@@ -288,9 +288,7 @@ def test_state_dict_has_no_prefix_and_loads_back():
         assert "0.first.weight" in wrapped_within.state_dict()
         wrapped_within.load_state_dict({f"0.{key}": value for key, value in model.state_dict().items()})
         model.load_state_dict(Net(seed=3).state_dict())
-        assert_same(
-            dict(wrapped_within[0].module.state_dict()), dict(Net(seed=1).state_dict()), rtol=0, atol=0
-        )
+        assert_same(dict(wrapped_within[0].module.state_dict()), dict(Net(seed=1).state_dict()), rtol=0, atol=0)
         assert_same(dict(model.module.state_dict()), dict(Net(seed=3).state_dict()), rtol=0, atol=0)
 
     run_local(rank, ranks=2)
@@ -412,9 +410,7 @@ def test_one_rank_communicates_nothing():
 def test_ranks_with_different_modules_are_all_told():
     def rank():
         me = commlayer.world().rank
-        with pytest.raises(
-            ValueError, match=r"rank 0 has 0.weight: float32 \[3, 2\], rank 1 has 0.weight: .*\[4, 2\]"
-        ):
+        with pytest.raises(ValueError, match=r"rank 0 has 0.weight: float32 \[3, 2\], rank 1 has 0.weight: .*\[4, 2\]"):
             DataParallel(nn.Sequential(nn.Linear(2, 3 + me)))
         with pytest.raises(ValueError, match=r"rank 1 has weight: float32 \[2, 2\] frozen"):
             DataParallel(nn.Linear(2, 2).requires_grad_(me != 1))

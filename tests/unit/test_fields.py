@@ -47,9 +47,7 @@ def test_samples_are_the_states_they_claim_to_be(scenarios):
         x, y = train[index]
         for position, step in enumerate((now, now - 2, now - 4)):
             raw = torch.from_numpy(train.source.read(trajectory, step))
-            torch.testing.assert_close(
-                train.denormalise(x[position : position + 1]), raw, rtol=1e-5, atol=1e-3
-            )
+            torch.testing.assert_close(train.denormalise(x[position : position + 1]), raw, rtol=1e-5, atol=1e-3)
         raw = torch.from_numpy(train.source.read(trajectory, now + 2))
         torch.testing.assert_close(train.denormalise(y), raw, rtol=1e-5, atol=1e-3)
         assert train.source.years[trajectory][now + 2] == year
@@ -229,9 +227,7 @@ def test_era5_is_read_in_workers_and_pickles(era5):
     first = train[0][0]  # leaves a file open
     assert torch.equal(pickle.loads(pickle.dumps(train))[0][0], first)
     loader = DataLoader(train, batch_size=2, num_workers=2, collate_fn=train.collate)
-    assert torch.equal(
-        torch.cat([x for x, _ in loader]), torch.stack([train[i][0] for i in range(len(train))])
-    )
+    assert torch.equal(torch.cat([x for x, _ in loader]), torch.stack([train[i][0] for i in range(len(train))]))
 
 
 def remove(path):

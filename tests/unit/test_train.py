@@ -40,9 +40,7 @@ def test_any_number_of_ranks_trains_alike(tmp_path):
         assert metrics["history"][1]["loss"] == pytest.approx(alone["history"][1]["loss"], rel=1e-4)
         assert metrics["rmse"] == pytest.approx(alone["rmse"], rel=1e-4)
         for name, p in parameters.items():
-            torch.testing.assert_close(
-                p, serial[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(p, serial[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_scores_are_the_plain_formula(tmp_path):
