@@ -24,6 +24,13 @@ from commlayer.settings import Settings
 TRUSTED = frozenset({"gloo", "mpi", "nccl"})
 
 
+_NEEDS = {
+    "nccl": "a CUDA build of torch and a visible NVIDIA GPU",
+    "xccl": "an XPU build of torch >= 2.7 and a visible Intel GPU",
+    "ccl": "an Intel GPU and the binding that pip install 'commlayer[intel]' brings",
+}
+
+
 def choose(launch: Launch) -> str:
     """What ``auto`` means: the accelerator's own library, else MPI where it started us, else gloo."""
     if launch.launcher == "none":
@@ -44,7 +51,7 @@ def connect(backend: str, launch: Launch, timeout: float) -> Communicator:
     if backend == "single":
         if launch.size not in (None, 1):
             raise LaunchError(f"backend single is for one process, but {launch.launcher} started {launch.size}")
-        return Single(_default_device(), timeout)
+        return Single(torch.device("cpu"), timeout)
     if backend == "threads":
         raise BackendUnavailable("backend threads: its ranks are threads; start them with commlayer.run_local(fn)")
     if backend == "mpi":
@@ -67,18 +74,13 @@ def connect(backend: str, launch: Launch, timeout: float) -> Communicator:
     return torch_native.create(backend, dist.PrefixStore("commlayer", store), rank, size, device, timeout)
 
 
-def _default_device() -> torch.device:
-    return torch.device("cpu")
-
-
 def _device(backend: str, launch: Launch) -> torch.device:
     kind = torch_native.DEVICE_OF.get(backend, "cpu")
     if kind == "cpu":
         return torch.device("cpu")
     module = getattr(torch, kind)
     if not module.is_available():
-        remedy = "a CUDA build of torch and a visible NVIDIA GPU" if kind == "cuda" else "an XPU build of torch"
-        raise BackendUnavailable(f"backend {backend}: no {kind} device is usable; it needs {remedy}")
+        raise BackendUnavailable(f"backend {backend}: no {kind} device is usable; it needs {_NEEDS[backend]}")
     index = bind_device(launch, kind, module.device_count())
     assert index is not None
     module.set_device(index)

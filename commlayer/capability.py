@@ -27,6 +27,7 @@ MOVING = ("broadcast", "all_gather", "all_to_all", "gather", "scatter", "send", 
 OPS = (*REDUCING, *MOVING, "barrier")
 FEATURES = ("coalescing", "split")  # recorded for people; the planner does not ask for them
 SPLITTABLE = frozenset({"all_gather", "reduce_scatter", "all_to_all", "gather", "scatter"})
+PAIRED = ("send", "recv")
 LAYOUTS = ("even", "uneven")
 STATUSES = ("native", "absent", "wrong-value", "mutates-input", "error", "hang", "crash")
 
@@ -251,7 +252,9 @@ class CapabilitySet:
     disabled: tuple[Rule, ...] = ()
 
     def native(self, request: Request) -> bool:
-        return self.status(request)[0] == "native"
+        """Whether the backend does it itself. Both ends of a message must, or neither."""
+        both = PAIRED if request.op in PAIRED else (request.op,)
+        return all(self.status(request._replace(op=op))[0] == "native" for op in both)
 
     def status(self, request: Request) -> tuple[str, str]:
         """One of ``STATUSES``, and who says so: profile, source and note."""

@@ -45,7 +45,9 @@ def destination(
 
 
 def _line(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dim() == 1 else x.view(-1)
+    line = x if x.dim() == 1 else x.view(-1)
+    # A single element counts as contiguous whatever its stride, which reading it as another dtype would not.
+    return line if line.stride(0) == 1 else line.as_strided((line.numel(),), (1,))
 
 
 def _same_place(a: torch.Tensor, b: torch.Tensor) -> bool:

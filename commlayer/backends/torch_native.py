@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from commlayer.backends.base import Communicator, Counts, Message, pieces
+from commlayer.backends.single import Single
 from commlayer.errors import BackendUnavailable, CollectiveMismatch, CommError, CommTimeout, PeerLost
 from commlayer.reduce_op import ReduceOp
 from commlayer.work import Work, gather_works
@@ -93,6 +94,7 @@ class TorchCommunicator(Communicator):
         self._children: Counter[tuple[int, ...]] = Counter()
         self._reduce_options: dict[str, Any] = {}
         self._abandoned: list[Any] = []
+        self._alone = Single(device, timeout)  # for messages to oneself, which gloo refuses
 
     def version(self) -> str:
         if self.name == "nccl":
@@ -180,9 +182,13 @@ class TorchCommunicator(Communicator):
         return self._start("scatter", self.group.scatter, [out], rows, options)
 
     def send(self, x: torch.Tensor, dst: int, tag: int) -> Work:
+        if dst == self.rank:
+            return self._alone.send(x, 0, tag)
         return self._start("send", self.group.send, [x], dst, tag)
 
     def recv(self, x: torch.Tensor, src: int, tag: int) -> Work:
+        if src == self.rank:
+            return self._alone.recv(x, 0, tag)
         return self._start("recv", self.group.recv, [x], src, tag)
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], tag: int) -> Work:

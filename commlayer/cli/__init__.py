@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -52,3 +54,6 @@ def _root(
     ] = False,
 ) -> None:
     """One communication layer for PyTorch, on NCCL, XCCL, Gloo and MPI."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without ● or ✗ shows their codes

@@ -88,14 +88,13 @@ def disabled(draw: st.DrawFn) -> str:
     """What COMMLAYER_DISABLE takes."""
     items = []
     for _ in range(draw(st.integers(0, 4))):
-        item = draw(st.sampled_from([op for op in OPS if op != "barrier"]))
-        if item in REDUCING and draw(st.booleans()):
-            item += ":" + draw(st.sampled_from(["sum", "avg", "min", "product", "premul_sum"]))
-        elif item in SPLITTING and draw(st.booleans()):
+        op = item = draw(st.sampled_from([op for op in OPS if op != "barrier"]))
+        dtype = draw(st.sampled_from([None, *FLOATS, *COMPLEX, "bool", "int64", "uint8"]))
+        if op in REDUCING and draw(st.booleans()):
+            item += ":" + draw(st.sampled_from(reductions(dtype or "float32")))
+        elif op in SPLITTING and draw(st.booleans()):
             item += draw(st.sampled_from([":even", ":uneven"]))
-        if draw(st.booleans()):
-            item += "@" + draw(st.sampled_from([*FLOATS, *COMPLEX]))
-        items.append(item)
+        items.append(item + (f"@{dtype}" if dtype else ""))
     return ",".join(items)
 
 

@@ -141,5 +141,6 @@ def overlapping(x: Placed, shape: tuple[int, ...], shift: int) -> tuple[Placed, 
 def to_bytes(x: torch.Tensor, dtype: str) -> np.ndarray:
     """Bytes of a tensor of any layout."""
     assert x.dtype == DTYPES[dtype], f"dtype {x.dtype}, expected {dtype}"
-    plain = x.detach().resolve_conj().resolve_neg().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().reshape(*x.shape, itemsize(dtype))
+    plain = torch.empty(x.shape, dtype=x.dtype)
+    plain.copy_(x.detach())
+    return plain.view(-1).view(torch.uint8).numpy().reshape(*x.shape, itemsize(dtype))

@@ -225,6 +225,10 @@ def test_era5_climatology(era5):
 def test_era5_is_read_in_workers_and_pickles(era5):
     train, _ = era5_pairs(era5)
     first = train[0][0]  # leaves a file open
+    (handle,) = train.source._open.values()
+    train.source._owner -= 1  # as a forked worker finds it
+    assert torch.equal(train[0][0], first)
+    assert all(new is not handle for new in train.source._open.values()), "a handle of the parent process was used"
     assert torch.equal(pickle.loads(pickle.dumps(train))[0][0], first)
     loader = DataLoader(train, batch_size=2, num_workers=2, collate_fn=train.collate)
     assert torch.equal(torch.cat([x for x, _ in loader]), torch.stack([train[i][0] for i in range(len(train))]))

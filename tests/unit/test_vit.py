@@ -96,6 +96,11 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert y.mean().item() == pytest.approx(1, abs=0.03)
 
 
+def test_drop_path_grows_with_depth():
+    model = ViT(small(depth=3, drop_path=0.4))
+    assert [block.drop_path.rate for block in model.blocks] == pytest.approx([0, 0.2, 0.4])
+
+
 def test_initialisation():
     torch.manual_seed(0)
     model = ViT(small(embed=64))

@@ -1,0 +1,41 @@
+"""Every function against NumPy, between processes, on the backend and profile of the environment.
+
+All ranks draw the same examples, tell each other through the control channel how each one ended, and fail together.
+"""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from tests.contracts.cases import cases
+from tests.contracts.checks import assert_alike, check, make_group
+
+EXAMPLES = int(os.environ.get("COMMLAYER_TEST_EXAMPLES", "200"))
+
+
+@pytest.fixture(scope="module")
+def groups(everyone):
+    """Made once: groups cost connections."""
+    return {name: make_group(everyone, name) for name in ("world", "reversed", "odd", "last", "split")}
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],  # shrinking would run on after a failure left messages behind
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    report_multiple_bugs=False,
+)
+@given(todo=st.lists(cases(), min_size=2, max_size=4))
+def test_every_function_equals_numpy(everyone, groups, agreed, todo):
+    def run():
+        for case in todo:
+            group = groups[case.group]
+            result = check(case, group)
+            if group.is_member:
+                assert_alike(group._comm.share(result), str(case))
+
+    agreed(run, str(todo))
