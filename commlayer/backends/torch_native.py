@@ -89,7 +89,8 @@ class TorchCommunicator(Communicator):
         self.timeout = timeout
         self._store = store
         self._timedelta = timedelta(seconds=timeout)
-        self._mail: Counter[tuple[int, int, int]] = Counter()
+        self._posted: Counter[tuple[int, int, int]] = Counter()
+        self._fetched: Counter[tuple[int, int, int]] = Counter()
         self._shared = 0
         self._children: Counter[tuple[int, ...]] = Counter()
         self._reduce_options: dict[str, Any] = {}
@@ -202,15 +203,15 @@ class TorchCommunicator(Communicator):
         return gather_works(works)
 
     def post(self, x: torch.Tensor, dst: int, tag: int) -> Work:
-        self._store.set(self._address(self.rank, dst, tag), x.cpu().view(torch.uint8).numpy().tobytes())
+        self._store.set(self._address(self._posted, self.rank, dst, tag), x.cpu().view(torch.uint8).numpy().tobytes())
         return Work()
 
     def fetch(self, x: torch.Tensor, src: int, tag: int) -> Work:
-        return _Letter(self, self._address(src, self.rank, tag), x)
+        return _Letter(self, self._address(self._fetched, src, self.rank, tag), x)
 
-    def _address(self, src: int, dst: int, tag: int) -> str:
-        self._mail[src, dst, tag] += 1
-        return f"mail/{src}/{dst}/{tag}/{self._mail[src, dst, tag]}"
+    def _address(self, counter: Counter[tuple[int, int, int]], src: int, dst: int, tag: int) -> str:
+        counter[src, dst, tag] += 1
+        return f"mail/{src}/{dst}/{tag}/{counter[src, dst, tag]}"
 
     def barrier(self) -> Work:
         options = self._options(c10d.BarrierOptions)

@@ -51,7 +51,7 @@ def _parts(report: dict[str, Any]) -> Iterator[RenderableType]:
     if report["variables"]:
         settings = _grid()
         for name, value in report["variables"].items():
-            settings.add_row(name, value)
+            settings.add_row(name, Text(value))
         yield _section("Variables", settings)
     yield _section("Choice", _choice(report))
     yield Text()

@@ -55,9 +55,10 @@ def show(head: dict[str, Any], cells: Sequence[Cell]) -> None:
     counts = Counter(cell.status for cell in cells)
     legend = {"native": "● native", "emulated": "1.7 emulated, in 1.7 times the time", "absent": "✗ absent"}
     disabled = f", without {head['disabled']}" if head["disabled"] else ""
+    rest = f" by {' and '.join(head['profiles'])}{disabled}: "
+    rest += f"{head['ranks']} ranks, {head['device']}, {head['layout']} extents\n"
     write(
-        f"[bold]{head['backend']}[/] by {' and '.join(head['profiles'])}{disabled}: "
-        f"{head['ranks']} ranks, {head['device']}, {head['layout']} extents\n",
+        Text.assemble((head["backend"], "bold"), rest),
         _table(cells),
         "",
         *(Text(f"{text} ({counts[status]})", _STYLES[status]) for status, text in legend.items()),
