@@ -110,6 +110,17 @@ def _store(launch: Launch, rank: int, size: int, timeout: float) -> Any:
     )
 
 
+def start_torch_distributed(comm: Communicator, launch: Launch, timeout: float) -> None:
+    """Start torch.distributed's default group over the same ranks, for what can only live there (DeviceMesh).
+
+    On the same backend where that is torch's, else on gloo.
+    """
+    backend = comm.name if isinstance(comm, torch_native.TorchCommunicator) else "gloo"
+    store = dist.PrefixStore("torch.distributed", _store(launch, comm.rank, comm.size, timeout))
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group(backend, store=store, rank=comm.rank, world_size=comm.size, timeout=limit)
+
+
 def _store_by_mpi(launch: Launch, rank: int, size: int, limit: timedelta) -> Any:
     from commlayer.backends import mpi
 

@@ -14,12 +14,11 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from commlayer.errors import UnsupportedOperation
+from commlayer.group import Group
+from commlayer.runtime import start_torch_distributed, world
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-    from commlayer.group import Group
 
 CANONICAL_ORDER = ("tp", "cp", "ep", "dp", "pp")
 """Default order, fastest first: what communicates most is closest. Other axes follow as they stand."""
@@ -148,19 +147,14 @@ class Mesh:
     def to_device_mesh(self, device_type: str | None = None) -> DeviceMesh:
         """The same mesh for torch (FSDP2, DTensor), its dims named like the axes, slowest first.
 
-        ``device_type``: by default that of the group's device. Raises ``UnsupportedOperation`` when
-        torch.distributed is not initialised.
+        ``device_type``: by default that of the group's device. Starts torch.distributed over the world where the
+        program has not. Raises ``UnsupportedOperation`` under ``run_local``, whose ranks are threads.
         """
         import torch
-        import torch.distributed as dist
         from torch.distributed.device_mesh import DeviceMesh
 
-        if not (dist.is_available() and dist.is_initialized()):
-            raise UnsupportedOperation(
-                "a DeviceMesh needs torch.distributed: call torch.distributed.init_process_group first, for "
-                'instance with backend="commlayer"'
-            )
         group = self._bound()
+        start_torch_distributed()
         device_type = device_type or torch.device(group.device).type
         table = torch.as_tensor(np.asarray(group.ranks)[self._table])
         return DeviceMesh(device_type, table, mesh_dim_names=self.axes[::-1])
@@ -180,8 +174,6 @@ class Mesh:
         """The group whose ranks the mesh arranges."""
         group = self._group
         if group is None:
-            from commlayer.runtime import world  # stands above this module
-
             group = world()
         if group.size != self.world_size:
             raise ValueError(f"{self._name} has {self.world_size} ranks, but the group has {group.size}")

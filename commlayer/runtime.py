@@ -13,13 +13,14 @@ import torch.distributed as dist
 from commlayer import bootstrap
 from commlayer.backends import threads, torch_native
 from commlayer.backends.base import Communicator
-from commlayer.errors import CommError, PeerLost
+from commlayer.errors import CommError, PeerLost, UnsupportedOperation
 from commlayer.group import Group
 from commlayer.launch import Launch, discover
 from commlayer.settings import Settings, checked_timeout
 
 _world: Group | None = None
 _launch: Launch | None = None
+_started_torch = False  # by us, so it ends with us
 _thread = threading.local()  # .world, in a thread of run_local
 
 
@@ -62,12 +63,15 @@ def init(backend: str | None = None, *, timeout: float | None = None) -> Group:
 
 def finalize() -> None:
     """Leave the job: release every group. Waits for no other rank. Afterwards init may be called again."""
-    global _world, _launch
+    global _world, _launch, _started_torch
     if getattr(_thread, "world", None) is not None:
         raise CommError("finalize: the world of run_local ends with the function it runs")
     if _world is not None:
         _world.close()
+    if _started_torch and dist.is_initialized():
+        dist.destroy_process_group()
     _world = _launch = None
+    _started_torch = False
 
 
 def _leave() -> None:
@@ -91,6 +95,19 @@ def world() -> Group:
 def launched() -> Launch | None:
     """How this process was started, as init found it."""
     return _launch
+
+
+def start_torch_distributed() -> None:
+    """See to it that torch.distributed runs over the world's ranks; collective where it does not yet."""
+    global _started_torch
+    if dist.is_initialized():
+        return
+    if getattr(_thread, "world", None) is not None:
+        raise UnsupportedOperation("torch.distributed knows processes only, and ranks under run_local are threads")
+    group = world()
+    assert group._comm is not None and _launch is not None
+    bootstrap.start_torch_distributed(group._comm, _launch, group.timeout)
+    _started_torch = True
 
 
 def resolve(group: Group | None) -> Group:

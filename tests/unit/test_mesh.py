@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import commlayer
-from commlayer import runtime
 from commlayer.errors import UnsupportedOperation
 from commlayer.mesh import Mesh
 
@@ -258,10 +257,10 @@ def test_default_group_is_the_world_of_the_moment(monkeypatch):
     """One mesh, used by several threads as ranks, or after finalize and init, must not mix their groups."""
     mesh, worlds = Mesh("tp=2 dp=2"), [FakeGroup(0, 4), FakeGroup(3, 4)]
     for world in worlds:
-        monkeypatch.setattr(runtime, "world", lambda world=world: world)
+        monkeypatch.setattr("commlayer.mesh.world", lambda world=world: world)
         assert mesh["tp"].rank == mesh.rank("tp") == world.rank % 2
     assert [world.made for world in worlds] == [[(0, 1), (0, 2)], [(2, 3), (1, 3)]]
-    monkeypatch.setattr(runtime, "world", lambda: FakeGroup(0, 8))
+    monkeypatch.setattr("commlayer.mesh.world", lambda: FakeGroup(0, 8))
     with pytest.raises(ValueError, match="4 ranks, but the group has 8"):
         mesh.rank("tp")
 
@@ -287,9 +286,9 @@ def test_one_mesh_shared_by_thread_ranks():
 # torch ------------------------------------------------------------------------------------------------------
 
 
-def test_device_mesh_needs_torch_distributed():
-    with pytest.raises(UnsupportedOperation, match="init_process_group"):
-        Mesh("tp=1", group=FakeGroup(0, 1)).to_device_mesh()
+def test_device_mesh_is_not_for_threads():
+    with pytest.raises(UnsupportedOperation, match="threads"):
+        commlayer.run_local(lambda: Mesh("tp=2").to_device_mesh(), ranks=2)
 
 
 def test_device_mesh_has_the_same_ranks():
