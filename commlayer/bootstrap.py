@@ -104,10 +104,10 @@ def _store(launch: Launch, rank: int, size: int, timeout: float) -> Any:
         raise CommTimeout(
             f"rank {rank} of {size} could not reach the store at {launch.master_addr}:{launch.master_port}: {error}"
         ) from error
-    raise LaunchError(
-        f"{launch.launcher} does not say where rank 0 is: set MASTER_ADDR and MASTER_PORT on every rank, or "
-        "install mpi4py, through which rank 0 tells"
-    )
+    remedy = "set MASTER_ADDR and MASTER_PORT on every rank"
+    if launch.mpi:
+        remedy += ", or install mpi4py, through which rank 0 tells"
+    raise LaunchError(f"{launch.launcher} does not say where rank 0 is: {remedy}")
 
 
 def start_torch_distributed(comm: Communicator, launch: Launch, timeout: float) -> None:

@@ -89,7 +89,7 @@ class Plan:
         if self.fallback is None:
             yield f"{head}: native"
             return
-        yield f"{head} ⇐ {self.fallback.name}: {self.fallback.summary.lower()}"
+        yield f"{head} ⇐ {self.fallback.name}: {self.fallback.summary[:1].lower()}{self.fallback.summary[1:]}"
         for part in self.parts:
             yield from part.lines(depth + 1)
 

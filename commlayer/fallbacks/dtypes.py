@@ -51,7 +51,8 @@ def _as_integers(request: Request, size: int) -> list[Use] | None:
     return None if carrier == request.dtype else [Use(request._replace(dtype=carrier))]
 
 
-@fallback(*MOVING, needs=_as_integers, reinterprets=True)
+# The little cost breaks ties: wide integers are moved, and summed, faster than as many bytes.
+@fallback(*MOVING, needs=_as_integers, passes=0.001, reinterprets=True)
 def same_bits_as_integers(g: Collectives, op: str, args: tuple[Any, ...]) -> Work:
     """The same bits, moved as integers of the same width."""
     tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
@@ -62,7 +63,7 @@ def _as_bytes(request: Request, size: int) -> list[Use] | None:
     return None if request.dtype.itemsize == 1 else [Use(request._replace(dtype=torch.uint8))]
 
 
-@fallback(*MOVING, needs=_as_bytes, reinterprets=True)
+@fallback(*MOVING, needs=_as_bytes, passes=0.01, reinterprets=True)
 def same_bits_as_bytes(g: Collectives, op: str, args: tuple[Any, ...]) -> Work:
     """The same bits, moved as bytes."""
     return getattr(g, op)(*_reread(args, torch.uint8))
