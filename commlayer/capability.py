@@ -139,10 +139,20 @@ class Profile:
             raise fail(f'expected "schema": "{SCHEMA}", got {found!r}')
         if not isinstance(data.get("name"), str) or not isinstance(data.get("rules"), list):
             raise fail('needs a "name" and a list of "rules"')
+        for key in ("versions", "sources"):
+            table = data.get(key, {})
+            if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+                raise fail(f'"{key}" must be an object of texts, got {table!r}')
+        for key in ("backend", "summary"):
+            if not isinstance(data.get(key, ""), str):
+                raise fail(f'"{key}" must be a text, got {data[key]!r}')
         rules = []
         for index, raw in enumerate(data["rules"]):
             if not isinstance(raw, dict) or raw.get("status") not in STATUSES:
                 raise fail(f"rule {index}: status must be one of {', '.join(STATUSES)}, got {raw!r}")
+            for key in ("source", "note"):
+                if not isinstance(raw.get(key, ""), str):
+                    raise fail(f"rule {index}: {key} must be a text, got {raw[key]!r}")
             columns: dict[str, Any] = {}
             for column, allowed in _COLUMNS.items():
                 values = raw.get(column)

@@ -141,46 +141,48 @@ class TorchCommunicator(Communicator):
             options = self._options(c10d.AllreduceOptions, reduceOp=self._operation(op))
             if op.factor is None:
                 self._reduce_options[op.name] = options
-        return self._start("all_reduce", self.group.allreduce, [out], options)
+        return self._start("all_reduce", self.group.allreduce, [_plain(out)], options)
 
     def reduce(self, out: torch.Tensor | None, x: torch.Tensor, op: ReduceOp, dst: int) -> Work:
         # Process groups reduce in place and use the buffers of other ranks as scratch.
         target = torch.empty_like(x) if out is None else out
         target.copy_(x)
         options = self._options(c10d.ReduceOptions, reduceOp=self._operation(op), rootRank=dst)
-        return self._start("reduce", self.group.reduce, [target], options)
+        return self._start("reduce", self.group.reduce, [_plain(target)], options)
 
     def broadcast(self, x: torch.Tensor, src: int) -> Work:
-        return self._start("broadcast", self.group.broadcast, [x], self._options(c10d.BroadcastOptions, rootRank=src))
+        return self._start(
+            "broadcast", self.group.broadcast, [_plain(x)], self._options(c10d.BroadcastOptions, rootRank=src)
+        )
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work:
         options = self._options(c10d.AllgatherOptions)
         if counts is None:
-            return self._start("all_gather", self.group._allgather_base, out, x, options)
-        rows = pieces(out, counts, self.size)
+            return self._start("all_gather", self.group._allgather_base, _plain(out), x, options)
+        rows = [_plain(row) for row in pieces(out, counts, self.size)]
         return self._start("all_gather", self.group.allgather, [rows], [x], options)
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work:
         options = self._options(c10d.ReduceScatterOptions, reduceOp=self._operation(op))
         if counts is None:
-            return self._start("reduce_scatter", self.group._reduce_scatter_base, out, x, options)
+            return self._start("reduce_scatter", self.group._reduce_scatter_base, _plain(out), x, options)
         rows = pieces(x, counts, self.size)
-        return self._start("reduce_scatter", self.group.reduce_scatter, [out], [rows], options)
+        return self._start("reduce_scatter", self.group.reduce_scatter, [_plain(out)], [rows], options)
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor, out_counts: Counts, in_counts: Counts) -> Work:
         options = self._options(c10d.AllToAllOptions)
         splits = (list(out_counts or ()), list(in_counts or ()))
-        return self._start("all_to_all", self.group.alltoall_base, out, x, *splits, options)
+        return self._start("all_to_all", self.group.alltoall_base, _plain(out), x, *splits, options)
 
     def gather(self, out: torch.Tensor | None, x: torch.Tensor, dst: int, counts: Counts) -> Work:
         options = self._options(c10d.GatherOptions, rootRank=dst)
-        rows = [] if out is None else [pieces(out, counts, self.size)]
+        rows = [] if out is None else [[_plain(row) for row in pieces(out, counts, self.size)]]
         return self._start("gather", self.group.gather, rows, [x], options)
 
     def scatter(self, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts) -> Work:
         options = self._options(c10d.ScatterOptions, rootRank=src)
         rows = [] if x is None else [pieces(x, counts, self.size)]
-        return self._start("scatter", self.group.scatter, [out], rows, options)
+        return self._start("scatter", self.group.scatter, [_plain(out)], rows, options)
 
     def send(self, x: torch.Tensor, dst: int, tag: int) -> Work:
         if dst == self.rank:
@@ -190,7 +192,7 @@ class TorchCommunicator(Communicator):
     def recv(self, x: torch.Tensor, src: int, tag: int) -> Work:
         if src == self.rank:
             return self._alone.recv(x, 0, tag)
-        return self._start("recv", self.group.recv, [x], src, tag)
+        return self._start("recv", self.group.recv, [_plain(x)], src, tag)
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], tag: int) -> Work:
         batched = self.name in BATCHED
@@ -261,6 +263,15 @@ class _Closed:
 
     def __getattr__(self, name: str) -> Any:
         raise CommError("this group was closed by commlayer.finalize()")
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    """The same memory, apart from autograd.
+
+    gloo's worker threads copy into results with grad mode on: that would be recorded as part of the graph, and is
+    forbidden for a view made under no_grad.
+    """
+    return x.detach()
 
 
 class _Letter(Work):

@@ -209,3 +209,60 @@ def _compare(
 def assert_alike(texts: list[bytes], what: str) -> None:
     """The same bits on every rank."""
     assert len(set(texts)) <= 1, f"{what}: not the same bits on every rank: {[text[:32].hex() for text in texts]}"
+
+
+def check_halves(group: Group) -> None:
+    """AVG of half types neither overflows nor loses the mean, and is rounded once."""
+    n, r = group.size, group.rank
+    for dtype, largest, smallest in ((torch.float16, 60000.0, 2.0**-24), (torch.bfloat16, 3.0e38, 2.0**-133)):
+        # The same on every rank; of opposite signs; one unit in the last place apart, so the mean must be rounded.
+        near = [1.0 + torch.finfo(dtype).eps * (rank % 2) for rank in range(n)]
+        rows = [
+            [largest, smallest, -largest, largest * (-1) ** rank, near[rank], -0.0, 1.0 / (rank + 1)] for rank in range(n)
+        ]
+        table = torch.tensor(rows, dtype=torch.float64).to(dtype)
+        expected = table.double().mean(0)
+        x = table[r].repeat(n)
+        for result in (
+            commlayer.all_reduce(x, "avg", group=group)[:7],
+            commlayer.reduce_scatter(x, "avg", group=group),
+            commlayer.reduce(x, "avg", dst=n - 1, group=group),
+        ):
+            if result is not None:
+                error = (result[:7].double() - expected).abs()
+                limit = expected.abs() * torch.finfo(dtype).eps * 0.51 + smallest / 2
+                assert bool((error <= limit).all()), f"{dtype}: {result.tolist()}, expected {expected.tolist()}"
+                assert result[1].item() == smallest
+
+
+def check_objects(group: Group) -> None:
+    """The object functions, with values of very different lengths."""
+    n, r = group.size, group.rank
+    values = [None, "x" * 3000, {"rank": 2}, [], 4.5][:n] + [0] * max(0, n - 5)
+    assert commlayer.all_gather_object(values[r], group=group) == values
+    for root in range(n):
+        got = commlayer.gather_object((r, values[r]), dst=root, group=group)
+        assert got == (list(enumerate(values)) if r == root else None)
+        assert commlayer.broadcast_object(values[r] if r == root else "ignored", src=root, group=group) == values[root]
+        assert commlayer.scatter_object(values if r == root else None, src=root, group=group) == values[r]
+
+
+def check_order(group: Group) -> None:
+    """Several operations under way at once, of two groups, waited for from the last to the first."""
+    n, r = group.size, group.rank
+    other = group.new_group(list(range(n)))
+    works = []
+    for i in range(6):
+        g = (group, other)[i % 2]
+        x = torch.full((n, 2), float(10 * r + i))
+        works += [
+            (commlayer.all_reduce(x, group=g, async_op=True), sum(10 * q + i for q in range(n))),
+            (commlayer.broadcast(x.bool(), src=i % n, group=g, async_op=True), bool(10 * (i % n) + i)),
+            (commlayer.all_to_all(x.half(), group=g, async_op=True), [[10.0 * q + i] * 2 for q in range(n)]),
+            (commlayer.all_gather(x[:1], group=g, async_op=True), [[10.0 * q + i] * 2 for q in range(n)]),
+            (commlayer.sendrecv(x, dst=(r + 1) % n, src=(r - 1) % n, group=g, async_op=True), 10.0 * ((r - 1) % n) + i),
+        ]
+    for work, expected in reversed(works):
+        result = work.wait()
+        wanted = torch.as_tensor(expected).to(result.dtype).expand(result.shape)
+        assert torch.equal(result, wanted), f"{result.tolist()}, expected {wanted.tolist()}"

@@ -5,11 +5,13 @@ All ranks draw the same examples, tell each other through the control channel ho
 
 import os
 
+import commlayer as c
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.contracts.cases import cases
-from tests.contracts.checks import assert_alike, check, make_group
+from tests.contracts.checks import assert_alike, check, check_halves, check_objects, check_order, make_group
 
 EXAMPLES = int(os.environ.get("COMMLAYER_TEST_EXAMPLES", "200"))
 
@@ -39,3 +41,22 @@ def test_every_function_equals_numpy(everyone, groups, agreed, todo):
                 assert_alike(group._comm.share(result), str(case))
 
     agreed(run, str(todo))
+
+
+@pytest.mark.parametrize("function", [check_halves, check_objects, check_order])
+def test_by_hand(everyone, groups, agreed, function):
+    agreed(lambda: function(everyone))
+    agreed(lambda: function(groups["split"]))
+
+
+def test_reductions_of_nan_are_alike(everyone, agreed):
+    """Different NaN payloads on every rank: a sum keeps one of them, the same on all."""
+
+    def run():
+        bits = torch.tensor([0x7FC00001 + everyone.rank, -(1 + everyone.rank)] * 8, dtype=torch.int32)
+        for op in ("sum", "avg", "product", "min", "max"):
+            result = c.all_reduce(bits.view(torch.float32), op, group=everyone)
+            assert result.isnan().all()
+            assert_alike(everyone._comm.share(result.numpy().tobytes()), op)
+
+    agreed(run)

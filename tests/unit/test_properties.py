@@ -1,13 +1,27 @@
 """Every function against NumPy, on thread ranks: ops, dtypes, layouts, splits, groups, profiles, missing capabilities."""
 
-from commlayer import run_local, world
+import os
+
+import commlayer as c
+import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.contracts.cases import cases, disabled, profiles
-from tests.contracts.checks import assert_alike, check, make_group
+from tests.contracts.checks import assert_alike, check, check_halves, check_objects, check_order, make_group
+
+EXAMPLES = int(os.environ.get("COMMLAYER_TEST_EXAMPLES", "800"))
 
 
-@settings(max_examples=int(__import__("os").environ.get("N","600")), deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), report_multiple_bugs=False, phases=(Phase.explicit, Phase.generate, Phase.shrink))
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    report_multiple_bugs=False,
+)
 @given(
     todo=st.lists(cases(), min_size=1, max_size=6),
     ranks=st.integers(1, 5),
@@ -17,9 +31,43 @@ from tests.contracts.checks import assert_alike, check, make_group
 def test_every_function_equals_numpy(todo, ranks, profile, disable):
     def program():
         for case in todo:
-            group = make_group(world(), case.group)
+            group = make_group(c.world(), case.group)
             result = check(case, group)
             if group.is_member:
                 assert_alike(group._comm.share(result), str(case))
 
-    run_local(program, ranks, profile=profile, disable=disable, timeout=20)
+    c.run_local(program, ranks, profile=profile, disable=disable, timeout=5)
+
+
+PROFILES = [None, "only-all-reduce", "only-send-recv", "xccl-2.7", "gloo-2.13", "mpi-4"]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_means_of_halves(profile, ranks):
+    c.run_local(lambda: check_halves(c.world()), ranks, profile=profile, timeout=10)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_objects(profile, ranks):
+    c.run_local(lambda: check_objects(c.world()), ranks, profile=profile, timeout=10)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_many_at_once(profile):
+    c.run_local(lambda: check_order(c.world()), 4, profile=profile, timeout=10)
+
+
+def test_reductions_of_nan_are_alike():
+    """Different NaN payloads on every rank: a sum keeps one of them, the same on all."""
+
+    def program():
+        bits = torch.tensor([0x7FC00001 + c.world().rank, -(1 + c.world().rank)], dtype=torch.int32)
+        for op in ("sum", "avg", "product", "min", "max"):
+            result = c.all_reduce(bits.view(torch.float32), op)
+            assert result.isnan().all()
+            assert_alike(c.world()._comm.share(result.numpy().tobytes()), op)
+
+    for profile in PROFILES:
+        c.run_local(program, 4, profile=profile, timeout=10)
