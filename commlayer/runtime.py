@@ -105,7 +105,8 @@ def start_torch_distributed() -> None:
     if getattr(_thread, "world", None) is not None:
         raise UnsupportedOperation("torch.distributed knows processes only, and ranks under run_local are threads")
     group = world()
-    assert group._comm is not None and _launch is not None
+    assert group._comm is not None
+    assert _launch is not None
     bootstrap.start_torch_distributed(group._comm, _launch, group.timeout)
     _started_torch = True
 

@@ -112,6 +112,22 @@ def offsets(counts: Sequence[int]) -> list[int]:
     return result
 
 
+def messages_to_all(
+    g: Collectives, out: torch.Tensor, x: torch.Tensor, out_counts: Counts, in_counts: Counts
+) -> tuple[list[Message], list[Message]]:
+    """An all_to_all as what to send and what to receive; one's own share is copied at once.
+
+    Each rank starts with another partner, so that nobody is everybody's first. Both ends know a message's length, so
+    an empty one is not sent.
+    """
+    outgoing, incoming = pieces(x, in_counts, g.size), pieces(out, out_counts, g.size)
+    incoming[g.rank].copy_(outgoing[g.rank])
+    others = [(g.rank + step) % g.size for step in range(1, g.size)]
+    sends = [(outgoing[rank], rank) for rank in others if outgoing[rank].numel()]
+    recvs = [(incoming[rank], rank) for rank in reversed(others) if incoming[rank].numel()]
+    return sends, recvs
+
+
 def pieces(x: torch.Tensor, counts: Counts, size: int) -> list[torch.Tensor]:
     """Views of each rank's share of a flat tensor."""
     if counts is None:

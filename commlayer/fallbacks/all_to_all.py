@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from commlayer.backends.base import INTERNAL_TAG, Collectives, Counts, offsets, pieces
+from commlayer.backends.base import INTERNAL_TAG, Collectives, Counts, messages_to_all, offsets, pieces
 from commlayer.capability import Request
 from commlayer.fallbacks.registry import Use, fallback
 from commlayer.work import Work
@@ -24,14 +24,7 @@ def _messages(request: Request, size: int) -> list[Use]:
 @fallback("all_to_all", needs=_messages, passes=0.1)
 def pairwise(g: Collectives, out: torch.Tensor, x: torch.Tensor, out_counts: Counts, in_counts: Counts) -> Work:
     """A message to and from every other rank, all under way at once."""
-    outgoing, incoming = pieces(x, in_counts, g.size), pieces(out, out_counts, g.size)
-    incoming[g.rank].copy_(outgoing[g.rank])
-    # Each starts with another partner, so that nobody is everybody's first. Both ends know a message's
-    # length, so an empty one is not sent.
-    to = [(g.rank + step) % g.size for step in range(1, g.size)]
-    sends = [(outgoing[rank], rank) for rank in to if outgoing[rank].numel()]
-    recvs = [(incoming[rank], rank) for rank in reversed(to) if incoming[rank].numel()]
-    return g.exchange(sends, recvs, TAG)
+    return g.exchange(*messages_to_all(g, out, x, out_counts, in_counts), TAG)
 
 
 def _gathers(request: Request, size: int) -> list[Use]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import commlayer as c
 import numpy as np
 import pytest
 import torch
+
+import commlayer as c
 
 Operation = tuple[tuple[int, ...], Callable[[torch.Tensor], torch.Tensor]]
 
@@ -75,7 +76,9 @@ def check_adjoint(name: str, g: c.Group) -> None:
     assert x.grad is not None
     assert x.grad.shape == x.shape
     forward, backward = _summed((z.detach() * y).sum(), g), _summed((x.detach() * x.grad).sum(), g)
-    assert forward == pytest.approx(backward, rel=1e-10, abs=1e-10), f"{name}: <Ax, y> = {forward}, <x, A'y> = {backward}"
+    assert forward == pytest.approx(backward, rel=1e-10, abs=1e-10), (
+        f"{name}: <Ax, y> = {forward}, <x, A'y> = {backward}"
+    )
     assert forward != 0 or not z.numel(), f"{name}: the check checks nothing"
 
 

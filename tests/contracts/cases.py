@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from commlayer.capability import OPS, REDUCING, shipped_profiles
 from hypothesis import strategies as st
+
+from commlayer.capability import OPS, REDUCING, shipped_profiles
 from tests.contracts import layouts
 from tests.contracts.oracle import COMPLEX, DTYPES, FLOATS, reductions
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import commlayer
 import numpy as np
 import torch
+
+import commlayer
 from tests.contracts import layouts
 from tests.contracts.cases import ROOTED, SPLITTING, Case
-from tests.contracts.oracle import DTYPES, Exact, Near, make, part, reduced
+from tests.contracts.oracle import DTYPES, Exact, Near, decode, make, part, reduced
 
 Group = commlayer.Group
 
@@ -203,7 +204,16 @@ def _compare(
         assert result.is_contiguous()
         got = layouts.to_bytes(result, case.dtype)
     expected.check(got, what)
-    return got.tobytes() if case.op in ("all_reduce", "broadcast", "all_gather") else b""
+    if case.op not in ("all_reduce", "broadcast", "all_gather"):
+        return b""
+    if case.reduce in ("sum", "avg", "product", "premul_sum") and case.kind == "special":
+        return without_payloads(torch.from_numpy(decode(got, case.dtype)))
+    return got.tobytes()
+
+
+def without_payloads(x: torch.Tensor) -> bytes:
+    """The bytes of float64 values, with one and the same NaN: which one a sum keeps, MPI leaves open."""
+    return torch.where(x.isnan(), torch.nan, x).numpy().tobytes()
 
 
 def assert_alike(texts: list[bytes], what: str) -> None:
@@ -218,7 +228,8 @@ def check_halves(group: Group) -> None:
         # The same on every rank; of opposite signs; one unit in the last place apart, so the mean must be rounded.
         near = [1.0 + torch.finfo(dtype).eps * (rank % 2) for rank in range(n)]
         rows = [
-            [largest, smallest, -largest, largest * (-1) ** rank, near[rank], -0.0, 1.0 / (rank + 1)] for rank in range(n)
+            [largest, smallest, -largest, largest * (-1) ** rank, near[rank], -0.0, 1.0 / (rank + 1)]
+            for rank in range(n)
         ]
         table = torch.tensor(rows, dtype=torch.float64).to(dtype)
         expected = table.double().mean(0)

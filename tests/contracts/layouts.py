@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from tests.contracts.oracle import COMPLEX, DTYPES, itemsize
 
 PLAIN, OFFSET, TRANSPOSED, SLICED, REVERSED = "plain", "offset", "transposed", "sliced", "steps"
@@ -104,7 +105,9 @@ def put(data: np.ndarray, dtype: str, layout: str, seed: tuple[int, ...]) -> Pla
     return _placed(data, dtype, strides, offset, total, how, seed)
 
 
-def _placed(data: np.ndarray, dtype: str, strides: tuple[int, ...], offset: int, total: int, how: str, seed: tuple[int, ...]) -> Placed:
+def _placed(
+    data: np.ndarray, dtype: str, strides: tuple[int, ...], offset: int, total: int, how: str, seed: tuple[int, ...]
+) -> Placed:
     shape, size = data.shape[:-1], itemsize(dtype)
     rng = np.random.default_rng((*seed, 99))
     # Guards are small positive values of any dtype: a 1 in the lowest byte, so valid as bool too.

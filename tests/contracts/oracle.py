@@ -30,7 +30,12 @@ FP8 = tuple(name for name in DTYPES if name.startswith("float8"))
 INTEGERS = tuple(name for name in DTYPES if name.startswith(("int", "uint")))
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 TINY = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149, "float64": 2.0**-1074}
-LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": float(np.finfo("f4").max), "float64": float(np.finfo("f8").max)}
+LARGEST = {
+    "float16": 65504.0,
+    "bfloat16": 3.3895313892515355e38,
+    "float32": float(np.finfo("f4").max),
+    "float64": float(np.finfo("f8").max),
+}
 CANONICAL_NAN = {"float16": 0x7E00, "bfloat16": 0x7FC0, "float32": 0x7FC00000, "float64": 0x7FF8 << 48}
 
 
@@ -144,7 +149,9 @@ class Near:
         for value, expected, tolerance in pairs:
             assert value.shape == expected.shape, f"{what}: shape {value.shape}, expected {expected.shape}"
             with np.errstate(all="ignore"):
-                good = (value == expected) | (np.isnan(value) & np.isnan(expected)) | (abs(value - expected) <= tolerance)
+                good = (
+                    (value == expected) | (np.isnan(value) & np.isnan(expected)) | (abs(value - expected) <= tolerance)
+                )
             if not good.all():
                 place = tuple(int(i) for i in np.argwhere(~good)[0])
                 raise AssertionError(
@@ -175,9 +182,7 @@ def reduced(rows: list[np.ndarray], op: str, dtype: str, factors: list[float] | 
         return Exact(_extreme(np.stack(rows), op, dtype))
     if dtype in COMPLEX and op != "product":
         half = itemsize(dtype) // 2
-        parts = [
-            reduced([row[..., at : at + half] for row in rows], op, COMPLEX[dtype], factors) for at in (0, half)
-        ]
+        parts = [reduced([row[..., at : at + half] for row in rows], op, COMPLEX[dtype], factors) for at in (0, half)]
         real, imag = (part for part in parts if isinstance(part, Near))
         return Near(_pair(real.values, imag.values), _pair(real.tolerance, imag.tolerance), dtype)
     return _near([decode(row, dtype) for row in rows], op, dtype, factors)
@@ -218,7 +223,9 @@ def _extreme(table: np.ndarray, op: str, dtype: str) -> np.ndarray:
     """IEEE 754-2019 minimum and maximum: a canonical quiet NaN if there is any NaN; -0 is less than +0."""
     values = decode(table, dtype)
     negative = np.signbit(values)
-    best = np.where(np.isnan(values).any(0), np.nan, np.minimum.reduce(values) if op == "min" else np.maximum.reduce(values))
+    best = np.where(
+        np.isnan(values).any(0), np.nan, np.minimum.reduce(values) if op == "min" else np.maximum.reduce(values)
+    )
     candidates = values == best
     preferred = candidates & (negative if op == "min" else ~negative)
     chosen = np.where(preferred.any(0), preferred.argmax(0), candidates.argmax(0))

@@ -17,6 +17,8 @@ def test_second_derivative(everyone, agreed, name):
     agreed(lambda: adjoint.check_second_derivative(name, everyone))
 
 
-@pytest.mark.parametrize("check", [adjoint.check_complex_adjoint, adjoint.check_asynchronous, adjoint.check_no_gradient])
+@pytest.mark.parametrize(
+    "check", [adjoint.check_complex_adjoint, adjoint.check_asynchronous, adjoint.check_no_gradient]
+)
 def test_gradients(everyone, agreed, check):
     agreed(lambda: check(everyone))

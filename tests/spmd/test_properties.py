@@ -11,7 +11,15 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.contracts.cases import cases
-from tests.contracts.checks import assert_alike, check, check_halves, check_objects, check_order, make_group
+from tests.contracts.checks import (
+    assert_alike,
+    check,
+    check_halves,
+    check_objects,
+    check_order,
+    make_group,
+    without_payloads,
+)
 
 EXAMPLES = int(os.environ.get("COMMLAYER_TEST_EXAMPLES", "200"))
 
@@ -50,13 +58,16 @@ def test_by_hand(everyone, groups, agreed, function):
 
 
 def test_reductions_of_nan_are_alike(everyone, agreed):
-    """Different NaN payloads on every rank: a sum keeps one of them, the same on all."""
+    """Different NaN payloads on every rank: a sum keeps one of them, the same on all, but for MPI's own sums."""
 
     def run():
         bits = torch.tensor([0x7FC00001 + everyone.rank, -(1 + everyone.rank)] * 8, dtype=torch.int32)
         for op in ("sum", "avg", "product", "min", "max"):
             result = c.all_reduce(bits.view(torch.float32), op, group=everyone)
             assert result.isnan().all()
-            assert_alike(everyone._comm.share(result.numpy().tobytes()), op)
+            text = result.numpy().tobytes()
+            if everyone.backend == "mpi" and op in ("sum", "avg", "product"):
+                text = without_payloads(result.double())
+            assert_alike(everyone._comm.share(text), op)
 
     agreed(run)

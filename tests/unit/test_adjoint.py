@@ -21,6 +21,8 @@ def test_second_derivative(name):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("check", [adjoint.check_complex_adjoint, adjoint.check_asynchronous, adjoint.check_no_gradient])
+@pytest.mark.parametrize(
+    "check", [adjoint.check_complex_adjoint, adjoint.check_asynchronous, adjoint.check_no_gradient]
+)
 def test_gradients(check, profile):
     run_local(lambda: check(world()), 3, profile=profile, timeout=20)

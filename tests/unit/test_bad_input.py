@@ -27,7 +27,9 @@ def test_on_every_rank(name, profile):
     c.run_local(program, 3, profile=profile, timeout=10)
 
 
-COLLECTIVE = [name for name, case in CASES.items() if "group" not in name and "factor" not in name and "init" not in name]
+COLLECTIVE = [
+    name for name, case in CASES.items() if "group" not in name and "factor" not in name and "init" not in name
+]
 
 
 @pytest.mark.parametrize("name", COLLECTIVE)

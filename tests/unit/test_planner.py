@@ -92,6 +92,7 @@ def test_send_and_recv_are_planned_alike():
     """Each end of a message decides alone, so both must decide the same."""
     for text in ("recv", "send", "recv@float32", "send@bfloat16,recv@float32", "send@int32"):
         for dtype in ("float32", "bfloat16", "int8"):
+
             def program(dtype=dtype):
                 right, left = (world().rank + 1) % 3, (world().rank - 1) % 3
                 x = torch.full((3,), world().rank).to(DTYPES[dtype])
@@ -186,7 +187,9 @@ def test_shipped_profiles_are_sourced(name):
 
 
 def test_the_last_rule_decides():
-    profile = Profile("p", (Rule("native"), Rule("absent", frozenset({"gather"})), Rule("native", dtypes=frozenset({"int8"}))))
+    profile = Profile(
+        "p", (Rule("native"), Rule("absent", frozenset({"gather"})), Rule("native", dtypes=frozenset({"int8"})))
+    )
     capabilities = CapabilitySet((profile,))
     assert not capabilities.native(Request("gather"))
     assert capabilities.native(Request("gather", None, torch.int8))

@@ -63,8 +63,16 @@ def test_workspace_is_bounded(monkeypatch, kind, disable, collective, workspace)
     def program():
         r = world().rank
         plan = str(world().explain("all_to_all", dtype=torch.float64, uneven=True))
-        assert f"all_to_all float64 cpu uneven ⇐ {'padded_all_gather' if collective == 'all_gather' else 'broadcasts'}" in plan
-        x = torch.cat([torch.arange(count, dtype=torch.float64) + 10_000 * r + 100_000 * dst for dst, count in enumerate(matrix[r])])
+        assert (
+            f"all_to_all float64 cpu uneven ⇐ {'padded_all_gather' if collective == 'all_gather' else 'broadcasts'}"
+            in plan
+        )
+        x = torch.cat(
+            [
+                torch.arange(count, dtype=torch.float64) + 10_000 * r + 100_000 * dst
+                for dst, count in enumerate(matrix[r])
+            ]
+        )
         wanted = torch.cat(
             [torch.arange(row[r], dtype=torch.float64) + 10_000 * src + 100_000 * r for src, row in enumerate(matrix)]
         )
