@@ -1,10 +1,10 @@
 """What a call through the layer costs over the raw backend's own, interleaved in one run.
 
-    mpiexec -n 2 python benchmarks/overhead.py            # over mpi4py's Allreduce, with gloo beside it
+    mpiexec -n 2 python benchmarks/overhead.py            # over mpi4py's Allreduce
     torchrun --nproc-per-node 2 benchmarks/overhead.py    # over torch.distributed on gloo
 
-Medians of an 8-byte all_reduce, in microseconds; A B A B, so that all see the same machine. With more ranks than
-cores, leave out the raw call that spins: mpiexec -n 4 python benchmarks/overhead.py --no-raw --elements 262144
+Medians of an 8-byte all_reduce, in microseconds; A B A B, so that both see the same machine. With more ranks than
+cores mpi4py's call, which spins, tells little: mpiexec -n 4 python benchmarks/overhead.py --gloo --elements 262144
 """
 
 from __future__ import annotations
@@ -42,19 +42,18 @@ def main() -> None:
     parser.add_argument("--elements", type=int, default=2, help="float32 elements (default 2: 8 bytes)")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--calls", type=int, default=50, help="calls a round")
-    parser.add_argument("--no-raw", action="store_true", help="under MPI: leave out mpi4py's own, spinning call")
+    parser.add_argument("--gloo", action="store_true", help="under MPI: compare with torch.distributed on gloo")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     group = commlayer.init()
     x, out = torch.ones(args.elements), torch.empty(args.elements)
-    commlayer.Mesh(f"dp={group.size}").to_device_mesh()  # starts torch.distributed over the same ranks
-    by_torch = f"torch.distributed on {dist.get_backend()}"
-    raws = {by_torch: raw_torch(x, out)}
-    if group.backend == "mpi" and not args.no_raw:
-        raws = {"mpi4py Allreduce": raw_mpi(x, out), **raws}
-    name = next(iter(raws))
+    if group.backend == "mpi" and not args.gloo:
+        raw, name = raw_mpi(x, out), "mpi4py Allreduce"
+    else:
+        commlayer.Mesh(f"dp={group.size}").to_device_mesh()  # starts torch.distributed over the same ranks
+        raw, name = raw_torch(x, out), f"torch.distributed on {dist.get_backend()}"
     calls = {
-        **raws,
+        name: raw,
         "commlayer all_reduce(x)": lambda: commlayer.all_reduce(x),
         "commlayer all_reduce(x, out=out)": lambda: commlayer.all_reduce(x, out=out),
     }

@@ -35,12 +35,13 @@ class Work:
 
 
 class _Then(Work):
-    __slots__ = ("_finish", "_works")
+    __slots__ = ("_finish", "_inference", "_works")
 
     def __init__(self, works: Sequence[Work], finish: Callable[[], Any] | None) -> None:
         super().__init__()
         self._works: Sequence[Work] = works
         self._finish = finish
+        self._inference = torch.is_inference_mode_enabled()
 
     def done(self) -> bool:
         # Ask every part, not only the first unfinished one: asking is what makes MPI progress.
@@ -52,7 +53,8 @@ class _Then(Work):
         self._works = ()
         if self._finish is not None:
             finish, self._finish = self._finish, None
-            with torch.no_grad():  # the result may be part of a graph already
+            # The result may be part of a graph already, or an inference tensor.
+            with torch.inference_mode() if self._inference else torch.no_grad():
                 self.result = finish()
         return self.result
 

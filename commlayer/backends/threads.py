@@ -120,7 +120,7 @@ class _Letter(Work):
                 f"recv: expected {self._out.numel()} elements of {self._out.dtype}, "
                 f"rank {self._key[0]} sent {letter.numel()} of {letter.dtype}"
             )
-        with torch.no_grad():
+        with torch.inference_mode() if self._out.is_inference() else torch.no_grad():
             self._out.copy_(letter)
         return None
 
@@ -151,7 +151,7 @@ class Threads(Communicator):
                 del self._room.meetings[number]
                 if meeting.error is None:
                     try:
-                        with torch.no_grad():
+                        with torch.inference_mode():  # may write into other ranks' inference tensors
                             compute([meeting.arguments[rank] for rank in range(self.size)])
                     except (RuntimeError, ValueError) as error:
                         meeting.error = CollectiveMismatch(f"{key[0]}: arguments do not fit together: {error}")

@@ -1,4 +1,4 @@
-"""Gradients: <Ax, y> = <x, A^T y> for every differentiable function, summed over the ranks, and its second derivative."""
+"""Gradients: <Ax, y> = <x, A'y> for every differentiable function, summed over the ranks; second derivatives."""
 
 from __future__ import annotations
 
@@ -125,7 +125,12 @@ def check_asynchronous(g: c.Group) -> None:
         c.reduce_scatter(x, c.AVG, group=g, async_op=True),
     ]
     results = [work.wait() for work in reversed(works)][::-1]
-    plain = [c.all_reduce(x, group=g), c.all_to_all(x, group=g), c.all_gather(x, dim=1, group=g), c.reduce_scatter(x, c.AVG, group=g)]  # fmt: skip
+    plain = [
+        c.all_reduce(x, group=g),
+        c.all_to_all(x, group=g),
+        c.all_gather(x, dim=1, group=g),
+        c.reduce_scatter(x, c.AVG, group=g),
+    ]
     for result, expected in zip(results, plain, strict=True):
         assert result.requires_grad
         assert torch.equal(result.detach(), expected.detach())

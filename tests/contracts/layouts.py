@@ -99,9 +99,9 @@ def fits(layout: str, dtype: str, kind: str) -> bool:
 
 def put(data: np.ndarray, dtype: str, layout: str, seed: tuple[int, ...]) -> Placed:
     """A tensor with these bytes, in this layout."""
-    shape, size = data.shape[:-1], itemsize(dtype)
+    shape = data.shape[:-1]
     how = layout if layout in (CONJ, NEG) else ""
-    strides, offset, total = place(shape, SLICED if how else layout)
+    strides, offset, total = place(shape, OFFSET if how else layout)
     return _placed(data, dtype, strides, offset, total, how, seed)
 
 

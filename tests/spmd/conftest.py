@@ -3,8 +3,9 @@
 ``mpiexec -n 4 python -m pytest --with-mpi tests/spmd``, or ``torchrun --nproc-per-node 4 -m pytest tests/spmd``.
 """
 
-import commlayer
 import pytest
+
+import commlayer
 from commlayer.launch import discover
 
 

@@ -1,6 +1,7 @@
 """Gradients between processes, on the backend and profile of the environment."""
 
 import pytest
+
 from commlayer import run_local, world
 from tests.contracts import adjoint
 

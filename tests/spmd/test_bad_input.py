@@ -1,6 +1,7 @@
 """What must be refused on every rank, between processes; afterwards everything works as before."""
 
 import pytest
+
 from tests.contracts.bad_input import CASES, still_works
 
 

@@ -5,11 +5,12 @@ All ranks draw the same examples, tell each other through the control channel ho
 
 import os
 
-import commlayer as c
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
+import commlayer as c
 from tests.contracts.cases import cases
 from tests.contracts.checks import (
     assert_alike,

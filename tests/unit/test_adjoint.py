@@ -1,6 +1,7 @@
 """Gradients on thread ranks, natively and emulated."""
 
 import pytest
+
 from commlayer import run_local, world
 from tests.contracts import adjoint
 

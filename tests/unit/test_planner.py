@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from commlayer import recv, run_local, send, sendrecv, world
 from commlayer.capability import (
     DTYPES,
@@ -16,8 +19,6 @@ from commlayer.capability import (
     shipped_profiles,
 )
 from commlayer.planner import Cost, native_cost, plan
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tests.contracts.cases import disabled
 
 ALL = list(requests("cpu"))
@@ -121,7 +122,7 @@ def test_explanations():
         assert str(group.explain("send")) == "send float32 cpu: native"
         group.explain("all_reduce", reduce="premul_sum")
         group.explain("barrier")
-        with pytest.raises(TypeError, match="avg of torch.int32"):
+        with pytest.raises(TypeError, match=r"avg of torch\.int32"):
             group.explain("all_reduce", reduce="avg", dtype=torch.int32)
 
     run_local(program, 4, profile="only-send-recv")

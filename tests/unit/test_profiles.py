@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from commlayer import run_local
 from commlayer.capability import Request, load_profile, profile_for, shipped_profiles
 
@@ -50,7 +51,7 @@ def test_a_damaged_profile_is_named(name, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         load_profile(str(path))
     assert "damaged.json" in str(caught.value)
-    with pytest.raises(ValueError, match="damaged.json"):
+    with pytest.raises(ValueError, match=r"damaged\.json"):
         run_local(lambda: None, 2, profile=str(path))
 
 

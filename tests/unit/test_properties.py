@@ -1,12 +1,13 @@
-"""Every function against NumPy, on thread ranks: ops, dtypes, layouts, splits, groups, profiles, missing capabilities."""
+"""Every function against NumPy on thread ranks: ops, dtypes, layouts, splits, groups, profiles, disabled sets."""
 
 import os
 
-import commlayer as c
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
+import commlayer as c
 from tests.contracts.cases import cases, disabled, profiles
 from tests.contracts.checks import assert_alike, check, check_halves, check_objects, check_order, make_group
 
