@@ -207,7 +207,7 @@ def _compare(
     if case.op not in ("all_reduce", "broadcast", "all_gather"):
         return b""
     if case.reduce in ("sum", "avg", "product", "premul_sum") and case.kind == "special":
-        return without_payloads(torch.from_numpy(decode(got, case.dtype)))
+        return without_payloads(torch.from_numpy(np.asarray(decode(got, case.dtype))))
     return got.tobytes()
 
 
@@ -277,3 +277,20 @@ def check_order(group: Group) -> None:
         result = work.wait()
         wanted = torch.as_tensor(expected).to(result.dtype).expand(result.shape)
         assert torch.equal(result, wanted), f"{result.tolist()}, expected {wanted.tolist()}"
+
+
+def check_inference(group: Group) -> None:
+    """Begun in inference mode or without gradients, waited for outside; and inference tensors as inputs outside."""
+    n = group.size
+    for mode in (torch.inference_mode, torch.no_grad):
+        for dtype in (torch.float32, torch.bfloat16):
+            for name in ("all_reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all", "scatter"):
+                function = getattr(commlayer, name)
+                with mode():
+                    x = torch.ones(2 * n, 2, dtype=dtype)
+                    inside = function(x, group=group)
+                    work = function(x, group=group, async_op=True)
+                outside = work.wait()
+                again = function(x, group=group)
+                assert torch.equal(inside, outside), f"{name}, {mode.__name__}, {dtype}"
+                assert torch.equal(inside, again), f"{name}, {mode.__name__}, {dtype}"

@@ -112,9 +112,11 @@ def decode(data: np.ndarray, dtype: str) -> np.ndarray:
         return _pair(real, imag)  # real + 1j * imag makes NaN of infinities
     if dtype == "bfloat16":
         bits = data.view(np.uint16)[..., 0].astype(np.uint32) << 16
-        return bits.view(np.float32).astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            return bits.view(np.float32).astype(np.float64)
     plain = data.view(np.bool_ if dtype == "bool" else np.dtype(dtype))[..., 0]
-    return plain.astype(np.float64) if dtype in FLOATS else plain
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        return plain.astype(np.float64) if dtype in FLOATS else plain
 
 
 @dataclass

@@ -16,6 +16,7 @@ from tests.contracts.checks import (
     assert_alike,
     check,
     check_halves,
+    check_inference,
     check_objects,
     check_order,
     make_group,
@@ -52,7 +53,7 @@ def test_every_function_equals_numpy(everyone, groups, agreed, todo):
     agreed(run, str(todo))
 
 
-@pytest.mark.parametrize("function", [check_halves, check_objects, check_order])
+@pytest.mark.parametrize("function", [check_halves, check_inference, check_objects, check_order])
 def test_by_hand(everyone, groups, agreed, function):
     agreed(lambda: function(everyone))
     agreed(lambda: function(groups["split"]))

@@ -8,8 +8,18 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import commlayer as c
-from tests.contracts.cases import cases, disabled, profiles
-from tests.contracts.checks import assert_alike, check, check_halves, check_objects, check_order, make_group
+from commlayer.capability import REDUCING
+from tests.contracts import layouts
+from tests.contracts.cases import FUNCTIONS, SPLITTING, Case, cases, disabled, profiles
+from tests.contracts.checks import (
+    assert_alike,
+    check,
+    check_halves,
+    check_inference,
+    check_objects,
+    check_order,
+    make_group,
+)
 
 EXAMPLES = int(os.environ.get("COMMLAYER_TEST_EXAMPLES", "800"))
 
@@ -40,6 +50,30 @@ def test_every_function_equals_numpy(todo, ranks, profile, disable):
     c.run_local(program, ranks, profile=profile, disable=disable, timeout=5)
 
 
+@pytest.mark.parametrize("op", [op for op in FUNCTIONS if op != "messages"])
+@pytest.mark.parametrize("profile", [None, "only-send-recv"])
+def test_every_layout(op, profile):
+    """Every layout of the input with every layout of out, in place and overlapping too."""
+    given = [*layouts.WRITABLE, layouts.EXPANDED, layouts.CONJ, layouts.NEG]
+    wanted = [("view", layout) for layout in given if layout != layouts.EXPANDED]
+    wanted += [("same", layouts.PLAIN), ("overlap", layouts.PLAIN), ("none", layouts.PLAIN)]
+    reduce = "sum" if op in REDUCING else None
+
+    def program():
+        for layout in given:
+            for number, (out, out_layout) in enumerate(wanted):
+                dtype = {layouts.CONJ: "complex64", layouts.NEG: "float32"}.get(out_layout, "float64")
+                dtype = {layouts.CONJ: "complex128", layouts.NEG: "float32"}.get(layout, dtype)
+                if not layouts.fits(out_layout, dtype, "values"):
+                    continue
+                for dim in (0, 1) if op in SPLITTING else (0,):
+                    splits = "uneven" if op in SPLITTING and number % 2 else "even"
+                    case = Case(op, dtype, (2, 3), number, reduce, dim, splits, 1, layout, "values", out, out_layout)
+                    check(case, c.world())
+
+    c.run_local(program, 3, profile=profile, timeout=10)
+
+
 PROFILES = [None, "only-all-reduce", "only-send-recv", "xccl-2.7", "gloo-2.13", "mpi-4"]
 
 
@@ -53,6 +87,11 @@ def test_means_of_halves(profile, ranks):
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_objects(profile, ranks):
     c.run_local(lambda: check_objects(c.world()), ranks, profile=profile, timeout=10)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_inference_mode(profile):
+    c.run_local(lambda: check_inference(c.world()), 3, profile=profile, timeout=10)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
