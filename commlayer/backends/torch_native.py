@@ -269,9 +269,13 @@ def _plain(x: torch.Tensor) -> torch.Tensor:
     """The same memory, apart from autograd.
 
     gloo's worker threads copy into results with grad mode on: that would be recorded as part of the graph, and is
-    forbidden for a view made under no_grad.
+    forbidden for a view made under no_grad and for an inference tensor.
     """
-    return x.detach()
+    if not x.is_inference():
+        return x.detach()
+    with torch.inference_mode(False):
+        plain = torch.empty(0, dtype=x.dtype, device=x.device)
+        return plain.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
 class _Letter(Work):
