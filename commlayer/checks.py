@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from commlayer.backends.base import INTERNAL_TAG
 from commlayer.capability import NAME_OF
 from commlayer.group import Group
 from commlayer.reduce_op import ReduceOp, meaningless
+
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def check_tensor(x: torch.Tensor, group: Group, name: str = "x") -> None:
@@ -18,11 +24,15 @@ def check_tensor(x: torch.Tensor, group: Group, name: str = "x") -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if group.rank < 0:
         raise ValueError(f"group: this process is not a member of the group of ranks {list(group.ranks)}")
+    if type(x) not in PLAIN and (is_traceable_wrapper_subclass(x) or isinstance(x, FakeTensor)):
+        raise TypeError(f"{name}: a {type(x).__name__} has no memory of its own; give its local part, x.to_local()")
+    if x.is_nested:
+        raise TypeError(f"{name}: a nested tensor has no one shape; give its parts, x.unbind()")
     if x.dtype not in NAME_OF:
         raise TypeError(f"{name}: dtype {x.dtype} cannot be communicated; convert it to a plain dtype first")
     if x.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {x.layout}; use x.to_dense()")
-    if x.device != group.device:
+    if x.device != group.device and group.backend != "single":  # one rank alone only copies
         raise ValueError(f"{name}: is on {x.device}, but backend {group.backend} works on {group.device}")
 
 
@@ -32,17 +42,22 @@ def check_reduce(op: ReduceOp, dtype: torch.dtype) -> None:
         raise TypeError(f"op: {op} of {dtype} has no meaning: {why}")
 
 
+def as_int(value: int, name: str, what: str = "an int") -> int:
+    """An int, or what counts as one (NumPy's); bool does not."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected {what}, got {value!r}")
+    return operator.index(value)
+
+
 def check_rank(rank: int, group: Group, name: str) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"{name}: expected a rank (int), got {rank!r}")
+    rank = as_int(rank, name, "a rank (int)")
     if not 0 <= rank < group.size:
         raise ValueError(f"{name}: expected a rank from 0 to {group.size - 1} of the group, got {rank}")
     return rank
 
 
 def check_tag(tag: int) -> int:
-    if isinstance(tag, bool) or not isinstance(tag, int):
-        raise TypeError(f"tag: expected an int, got {tag!r}")
+    tag = as_int(tag, "tag")
     if not 0 <= tag < INTERNAL_TAG:
         raise ValueError(f"tag: expected 0 to {INTERNAL_TAG - 1} (what MPI guarantees), got {tag}")
     return tag
@@ -50,8 +65,7 @@ def check_tag(tag: int) -> int:
 
 def check_dim(dim: int, x: torch.Tensor) -> int:
     """A non-negative dim; a 0-dim tensor counts as one of one element."""
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim: expected an int, got {dim!r}")
+    dim = as_int(dim, "dim")
     ndim = max(x.dim(), 1)
     if not -ndim <= dim < ndim:
         raise ValueError(f"dim: expected {-ndim} to {ndim - 1} for shape {tuple(x.shape)}, got {dim}")
@@ -62,17 +76,18 @@ def check_sizes(sizes: Sequence[int] | None, group: Group, name: str = "sizes") 
     """One extent per rank, or None for equal ones."""
     if sizes is None:
         return None
-    if isinstance(sizes, torch.Tensor):
+    if isinstance(sizes, (torch.Tensor, np.ndarray)):
         sizes = sizes.tolist()
     if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Sequence):
         raise TypeError(f"{name}: expected a sequence of {group.size} ints, got {sizes!r}")
-    if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
+    if not all(hasattr(size, "__index__") and not isinstance(size, bool) for size in sizes):
         raise TypeError(f"{name}: expected ints, got {list(sizes)}")
+    sizes = [operator.index(size) for size in sizes]
     if len(sizes) != group.size:
         raise ValueError(f"{name}: expected one per rank, {group.size}, got {len(sizes)}: {list(sizes)}")
     if min(sizes) < 0:
         raise ValueError(f"{name}: must not be negative, got {list(sizes)}")
-    return list(sizes)
+    return sizes
 
 
 def check_divides(x: torch.Tensor, dim: int, group: Group, remedy: str) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
+from torch.autograd import forward_ad
 
 from commlayer.errors import UnsupportedOperation
 from commlayer.work import Work
@@ -45,6 +47,11 @@ def launch(
     adjoint: Adjoint | None,
 ) -> Any:
     """Run ``start`` on ``x`` and wait for it, unless ``async_op``; None for ``adjoint`` means there is none."""
+    if (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None) or is_wrapped(x):
+        raise UnsupportedOperation(
+            f"{name}: no forward-mode derivative, and nothing under torch.func transforms (jvp, vmap, grad); "
+            "use backward(), and communicate outside of the transform"
+        )
     if x.requires_grad and torch.is_grad_enabled():
         if adjoint is None:
             raise UnsupportedOperation(f"{name} has no gradient, and x requires one; use x.detach() to go without")

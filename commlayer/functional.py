@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from commlayer.arithmetic import premultiplied
 from commlayer.checks import (
     check_dim,
     check_divides,
@@ -57,7 +58,7 @@ def all_reduce(
 
     def adjoint(grad: Tensor) -> Tensor:
         if op.factor is not None:
-            return op.factor * all_reduce(grad, group=g)
+            return premultiplied(all_reduce(grad, group=g), op)
         return all_reduce(grad, op, group=g)
 
     return launch(f"all_reduce {op}", x, out, async_op, start, adjoint if op.name in LINEAR else None)
@@ -81,7 +82,7 @@ def reduce(
     op = as_reduce_op(op)
     check_tensor(x, g)
     check_reduce(op, x.dtype)
-    check_rank(dst, g, "dst")
+    dst = check_rank(dst, g, "dst")
     at_root = g.rank == dst
     if out is not None and at_root:
         check_out(out, x.shape, x, g)
@@ -97,7 +98,7 @@ def reduce(
     def adjoint(grad: Tensor) -> Tensor:
         full = broadcast(grad if at_root else _joined(x.shape, grad), src=dst, group=g)
         if op.factor is not None:
-            return op.factor * full
+            return premultiplied(full, op)
         return full / g.size if op.name == "avg" else full
 
     result = launch(f"reduce {op}", x, out, async_op, start, adjoint if op.name in LINEAR else None)
@@ -113,7 +114,7 @@ def broadcast(
     """
     g = resolve(group)
     check_tensor(x, g)
-    check_rank(src, g, "src")
+    src = check_rank(src, g, "src")
     if out is not None:
         check_out(out, x.shape, x, g)
 
@@ -199,7 +200,7 @@ def reduce_scatter(
     def adjoint(grad: Tensor) -> Tensor:
         full = all_gather(grad, dim=dim, sizes=sizes, group=g)
         if op.factor is not None:
-            return op.factor * full
+            return premultiplied(full, op)
         return full / g.size if op.name == "avg" else full
 
     return launch(f"reduce_scatter {op}", x, out, async_op, start, adjoint if op.name in LINEAR else None)
@@ -234,6 +235,8 @@ def all_to_all(
         shape = list(x.shape)
     else:
         check_extent("input_splits", outgoing, x.shape[dim], dim, x)
+        if out is not None:
+            check_out(out, out.shape, x, g)  # all but the shape, before the ranks talk
         if incoming is None:
             counts = torch.tensor(outgoing, dtype=torch.int64, device=x.device)
             incoming = all_to_all(counts, group=g).tolist()
@@ -277,7 +280,7 @@ def gather(
     """
     g = resolve(group)
     check_tensor(x, g)
-    check_rank(dst, g, "dst")
+    dst = check_rank(dst, g, "dst")
     dim = check_dim(dim, x)
     sizes, shape, counts = _gathered(x, dim, check_sizes(sizes, g), g)
     at_root = g.rank == dst
@@ -317,7 +320,7 @@ def scatter(
     """
     g = resolve(group)
     check_tensor(x, g)
-    check_rank(src, g, "src")
+    src = check_rank(src, g, "src")
     check_splittable(x)
     dim = check_dim(dim, x)
     sizes, shape, counts = _scattered(x, dim, check_sizes(sizes, g), g)

@@ -155,6 +155,7 @@ class Group:
         self._policy = policy
         self._comm = comm
         self._children: list[Group] = []
+        self._closed = False
         self.rank: int
         self.backend: str
         self.device: torch.device
@@ -272,7 +273,8 @@ class Group:
         for child in self._children:
             child.close()
         self._children.clear()
-        if self._comm is not None:
+        if self._comm is not None and not self._closed:
+            self._closed = True
             self._comm.close()
 
 

@@ -38,7 +38,7 @@ def all_gather_object(value: Any, *, group: Group | None = None) -> list[Any]:
 def gather_object(value: Any, *, dst: int = 0, group: Group | None = None) -> list[Any] | None:
     """Every rank's picklable value, in rank order, on rank ``dst``; None elsewhere."""
     g = resolve(group)
-    check_rank(dst, g, "dst")
+    dst = check_rank(dst, g, "dst")
     data = _packed(value, g)
     lengths = _lengths(data, g)
     everything = F.gather(data, sizes=lengths, dst=dst, group=g)
@@ -48,7 +48,7 @@ def gather_object(value: Any, *, dst: int = 0, group: Group | None = None) -> li
 def broadcast_object(value: Any = None, *, src: int = 0, group: Group | None = None) -> Any:
     """The picklable value of rank ``src``, on every rank."""
     g = resolve(group)
-    check_rank(src, g, "src")
+    src = check_rank(src, g, "src")
     at_root = g.rank == src
     data = _packed(value, g) if at_root else torch.empty(0, dtype=torch.uint8, device=g.device)
     length = torch.tensor([data.numel()], dtype=torch.int64, device=g.device)
@@ -60,7 +60,7 @@ def broadcast_object(value: Any = None, *, src: int = 0, group: Group | None = N
 def scatter_object(values: Sequence[Any] | None = None, *, src: int = 0, group: Group | None = None) -> Any:
     """Element r of the list on rank ``src``, on rank r; ``values`` counts on ``src`` alone."""
     g = resolve(group)
-    check_rank(src, g, "src")
+    src = check_rank(src, g, "src")
     lengths = torch.zeros(g.size, dtype=torch.int64, device=g.device)
     parts: list[torch.Tensor] = []
     if g.rank == src:

@@ -24,6 +24,7 @@ LATENCY = 20e-6
 PER_BYTE_SENT = 1 / 4e9
 PER_BYTE_TOUCHED = 1 / 8e9
 NOMINAL_BYTES = 1 << 20
+OVERHEAD = 0.25  # of an emulation, in messages: so that what only reads the bits otherwise comes first
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def plan(capabilities: CapabilitySet, size: int, request: Request) -> Plan | Non
             for candidate, uses in choices or ():
                 if not all(use.request in costs for use in uses):
                     continue
-                cost = Cost(touched=candidate.passes)
+                cost = Cost(0 if candidate.reinterprets else OVERHEAD, touched=candidate.passes)
                 for use in uses:
                     cost = cost.plus(costs[use.request], use.times, use.scale)
                 # Strictly cheaper: at equal cost the first declared stays, on every rank alike.

@@ -22,8 +22,8 @@ def send(x: Tensor, dst: int, tag: int = 0, *, group: Group | None = None, async
     """
     g = resolve(group)
     check_tensor(x, g)
-    check_rank(dst, g, "dst")
-    check_tag(tag)
+    dst = check_rank(dst, g, "dst")
+    tag = check_tag(tag)
     if x.requires_grad and torch.is_grad_enabled():
         raise UnsupportedOperation("send has no gradient, and x requires one; use sendrecv, or send x.detach()")
     work = g.flat.send(flat(x), dst, tag) if x.numel() else Work()
@@ -43,8 +43,8 @@ def recv(x: Tensor, src: int, tag: int = 0, *, group: Group | None = None, async
         x = torch.empty(x.shape, dtype=x.dtype, device=g.device)
     check_tensor(x, g)
     check_out(x, x.shape, x, g, "x")
-    check_rank(src, g, "src")
-    check_tag(tag)
+    src = check_rank(src, g, "src")
+    tag = check_tag(tag)
     result, buffer, finish = destination(x.shape, x.new_empty(0), x)
     _, work = finished(result, g.flat.recv(buffer, src, tag) if x.numel() else Work(), finish)
     if async_op:
@@ -70,9 +70,9 @@ def sendrecv(
     """
     g = resolve(group)
     check_tensor(x, g)
-    check_rank(dst, g, "dst")
-    check_rank(src, g, "src")
-    check_tag(tag)
+    dst = check_rank(dst, g, "dst")
+    src = check_rank(src, g, "src")
+    tag = check_tag(tag)
     template = x if like is None else like
     if not isinstance(template, torch.Tensor):
         raise TypeError(f"like: expected a torch.Tensor, got {type(template).__name__}")

@@ -64,6 +64,7 @@ def premul_sum(factor: float | torch.Tensor) -> ReduceOp:
             raise UnsupportedOperation(
                 "premul_sum: no gradient flows to a factor, and this one requires it; reduce factor * x instead"
             )
+        factor = factor.detach().clone().reshape(())  # as it is now, whatever becomes of the caller's
     elif isinstance(factor, bool) or not isinstance(factor, (int, float)):
         raise TypeError(f"premul_sum: factor must be a number or a one-element tensor, got {factor!r}")
     return ReduceOp("premul_sum", factor)

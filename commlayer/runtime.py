@@ -16,10 +16,11 @@ from commlayer.backends.base import Communicator
 from commlayer.errors import CommError, PeerLost, UnsupportedOperation
 from commlayer.group import Group
 from commlayer.launch import Launch, discover
-from commlayer.settings import Settings, checked_timeout
+from commlayer.settings import DEFAULT_TIMEOUT, Settings, checked_timeout
 
 _world: Group | None = None
 _launch: Launch | None = None
+_generation = 0  # how often init has connected
 _started_torch = False  # by us, so it ends with us
 _thread = threading.local()  # .world, in a thread of run_local
 
@@ -34,7 +35,7 @@ def init(backend: str | None = None, *, timeout: float | None = None) -> Group:
 
     Raises LaunchError, BackendUnavailable, CommTimeout; ValueError for settings, or a second, different backend.
     """
-    global _world, _launch
+    global _world, _launch, _generation
     if timeout is not None:
         timeout = checked_timeout(timeout)
     if backend is not None and not isinstance(backend, str):
@@ -43,30 +44,40 @@ def init(backend: str | None = None, *, timeout: float | None = None) -> Group:
     if current is not None:
         if backend not in (None, "auto", current.backend):
             raise ValueError(f"backend: already running on {current.backend}, asked for {backend}; finalize() first")
+        if timeout not in (None, current.timeout):
+            raise ValueError(f"timeout: already running with {current.timeout:g} s, asked for {timeout:g}")
         return current
     settings = Settings.from_env()
     wanted = backend or settings.backend
     limit = settings.timeout if timeout is None else timeout
+    bootstrap.check(settings)
+    _generation += 1
     comm: Communicator
     if dist.is_initialized() and wanted in ("auto", dist.get_backend()):
-        comm = torch_native.wrap_default_group(timeout)
+        comm = torch_native.wrap_default_group(limit, _generation)
         _launch = Launch("host program", comm.rank, comm.size, None, None, None, None, {})
     else:
         _launch = discover()
-        comm = bootstrap.connect(bootstrap.choose(_launch) if wanted == "auto" else wanted, _launch, limit)
+        chosen = bootstrap.choose(_launch) if wanted == "auto" else wanted
+        comm = bootstrap.connect(chosen, _launch, limit or DEFAULT_TIMEOUT, _generation)
+    if comm.name == "mpi" and comm.size > 1:
+        _abort_when_uncaught(comm)
     _world = Group(comm, range(comm.size), bootstrap.capabilities(comm, settings), settings.fallback)
     atexit.register(_leave)
-    if comm.name == "mpi" and comm.size > 1:
-        _abort_when_uncaught()
     return _world
 
 
 def finalize() -> None:
-    """Leave the job: release every group. Waits for no other rank. Afterwards init may be called again."""
+    """Leave the job: release every group. Afterwards init may be called again.
+
+    Waits for no other rank, except that rank 0 of a gloo job serves the others up to 5 seconds longer.
+    """
     global _world, _launch, _started_torch
     if getattr(_thread, "world", None) is not None:
         raise CommError("finalize: the world of run_local ends with the function it runs")
     if _world is not None:
+        if _world._comm is not None:
+            bootstrap.leave(_world._comm)
         _world.close()
     if _started_torch and dist.is_initialized():
         dist.destroy_process_group()
@@ -107,7 +118,7 @@ def start_torch_distributed() -> None:
     group = world()
     assert group._comm is not None
     assert _launch is not None
-    bootstrap.start_torch_distributed(group._comm, _launch, group.timeout)
+    bootstrap.start_torch_distributed(group._comm, _launch, group.timeout, _generation)
     _started_torch = True
 
 
@@ -139,8 +150,8 @@ def run_local(
     """
     if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
         raise ValueError(f"ranks: expected a positive int, got {ranks!r}")
-    settings = Settings(profile=profile, disable=disable, timeout=checked_timeout(timeout))
-    seats = threads.new_world(ranks, settings.timeout)
+    settings = Settings(profile=profile, disable=disable)
+    seats = threads.new_world(ranks, checked_timeout(timeout))
     results: list[Any] = [None] * ranks
     errors: list[tuple[int, BaseException]] = []
 
@@ -165,14 +176,13 @@ def run_local(
     return results
 
 
-def _abort_when_uncaught() -> None:
+def _abort_when_uncaught(comm: Communicator) -> None:
     """Let an uncaught exception end the job: MPI_Finalize at exit would wait for peers that wait for us."""
     previous = sys.excepthook
 
     def hook(kind: Any, error: Any, trace: Any) -> None:
         previous(kind, error, trace)
         sys.stderr.flush()
-        if _world is not None:
-            _world.abort(error)
+        comm.abort(error)
 
     sys.excepthook = hook

@@ -14,6 +14,7 @@ VARIABLES = {
     "COMMLAYER_LAUNCHER": "which launcher's variables count when several disagree",
     "COMMLAYER_TIMEOUT": "seconds an operation may take before CommTimeout (default 600)",
 }
+DEFAULT_TIMEOUT = 600.0  # seconds
 POLICIES = ("silent", "warn", "error")
 
 
@@ -23,7 +24,7 @@ class Settings:
     profile: str | None = None
     disable: str = ""
     fallback: str = "silent"
-    timeout: float = 600.0
+    timeout: float | None = None
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -32,17 +33,20 @@ class Settings:
         fallback = env.get("COMMLAYER_FALLBACK", "silent").lower()
         if fallback not in POLICIES:
             raise ValueError(f"COMMLAYER_FALLBACK={fallback!r}: expected one of {', '.join(POLICIES)}")
-        raw = env.get("COMMLAYER_TIMEOUT", "600")
-        try:
-            timeout = float(raw)
-        except ValueError:
-            timeout = -1.0
+        raw = env.get("COMMLAYER_TIMEOUT")
+        timeout = None
+        if raw:
+            try:
+                timeout = float(raw)
+            except ValueError:
+                timeout = -1.0
+            timeout = checked_timeout(timeout, f"COMMLAYER_TIMEOUT={raw!r}")
         return cls(
             backend=env.get("COMMLAYER_BACKEND", "").lower() or "auto",
             profile=env.get("COMMLAYER_PROFILE") or None,
             disable=env.get("COMMLAYER_DISABLE", ""),
             fallback=fallback,
-            timeout=checked_timeout(timeout, f"COMMLAYER_TIMEOUT={raw!r}"),
+            timeout=timeout,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ class Work:
     """An operation that was started and may not have finished yet.
 
     ``wait(timeout)`` blocks until it has and returns its result, again and again the same one; the
-    timeout is in seconds and defaults to the group's. ``done()`` asks without blocking, and gives
-    backends that progress only inside their calls (MPI) a chance to move on.
+    timeout is in seconds and defaults to the group's, and a wait that runs into it breaks the group.
+    ``done()`` asks without blocking, and gives backends that progress only inside their calls (MPI) a
+    chance to move on.
 
     Subclasses are the backends' requests. This base class is an operation that has already finished.
     """
@@ -48,14 +50,19 @@ class _Then(Work):
         return all([work.done() for work in self._works])  # noqa: C419
 
     def wait(self, timeout: float | None = None) -> Any:
-        for work in self._works:
-            work.wait(timeout)
+        if timeout is None:
+            for work in self._works:
+                work.wait()
+        else:
+            end = time.monotonic() + timeout
+            for work in self._works:
+                work.wait(max(end - time.monotonic(), 1e-3))
         self._works = ()
         if self._finish is not None:
-            finish, self._finish = self._finish, None
             # The result may be part of a graph already, or an inference tensor.
             with torch.inference_mode() if self._inference else torch.no_grad():
-                self.result = finish()
+                self.result = self._finish()
+            self._finish = None
         return self.result
 
 

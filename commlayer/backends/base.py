@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from commlayer.errors import CommError
 from commlayer.reduce_op import ReduceOp
 from commlayer.work import Work
 
@@ -102,6 +103,15 @@ class Communicator(ABC, Collectives):
     def close(self) -> None:
         """Release what this communicator holds. Does not wait for other ranks without limit."""
         return None
+
+
+class Closed:
+    """Stands where a closed communicator's transport was, and says so."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise CommError("this group was closed; commlayer.finalize() closes all")
 
 
 def offsets(counts: Sequence[int]) -> list[int]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from commlayer.arithmetic import premultiplied
-from commlayer.backends.base import INTERNAL_TAG, Communicator, Counts, Message, messages_to_all, offsets
-from commlayer.errors import BackendUnavailable, CommError, CommTimeout
+from commlayer.backends.base import INTERNAL_TAG, Closed, Communicator, Counts, Message, messages_to_all, offsets
+from commlayer.errors import BackendUnavailable, CollectiveMismatch, CommError, CommTimeout
 from commlayer.reduce_op import ReduceOp
 from commlayer.work import Work, gather_works
 
@@ -78,16 +78,26 @@ class Pending(Work):
         self._finished = False
 
     def done(self) -> bool:
-        if not self._finished and self._test():
-            self._finished, self._tensors = True, ()
+        if not self._finished:
+            try:
+                if self._test():
+                    self._finish()
+            except MPI.Exception as error:
+                raise translate(error, self._what) from error
         return self._finished
 
     def wait(self, timeout: float | None = None) -> Any:
         if not self._finished:
-            if not self._test():
-                self._poll(self._comm.timeout if timeout is None else timeout)
-            self._finished, self._tensors = True, ()
+            try:
+                if not self._test():
+                    self._poll(self._comm.timeout if timeout is None else timeout)
+            except MPI.Exception as error:
+                raise translate(error, self._what) from error
+            self._finish()
         return self.result
+
+    def _finish(self) -> None:
+        self._finished, self._tensors = True, ()
 
     def _poll(self, timeout: float) -> None:
         # Spin first, since most requests end within microseconds; then sleep between tests, since a
@@ -111,8 +121,35 @@ class Pending(Work):
 
     def __del__(self) -> None:
         # Dropped without wait(): MPI may still write into the tensors, so they stay alive with the request.
-        if not getattr(self, "_finished", True) and not MPI.Is_finalized() and not self._test():
-            _abandoned.append((self._request, self._tensors))
+        if not getattr(self, "_finished", True) and not MPI.Is_finalized():
+            _reap()
+            if not self._request.Test():
+                _abandoned.append((self._request, self._tensors))
+
+
+class Received(Pending):
+    """A receive, which also sees to it that as much has come as was expected."""
+
+    __slots__ = ("_expected", "_status")
+
+    def __init__(self, comm: MpiCommunicator, request: Any, x: torch.Tensor) -> None:
+        super().__init__(comm, request, "recv", x)
+        self._status = status = MPI.Status()
+        self._expected = x.nbytes
+        self._test = lambda: request.Test(status)
+
+    def _finish(self) -> None:
+        super()._finish()
+        got = self._status.Get_count(MPI.BYTE)
+        if got != self._expected:
+            source = self._status.Get_source()
+            raise CollectiveMismatch(f"recv: expected {self._expected} bytes, rank {source} sent {got}")
+
+
+def translate(error: MPI.Exception, what: str) -> CommError:
+    """The error of the layer's own tree that says the same as MPI's."""
+    kind = CollectiveMismatch if error.Get_error_class() == MPI.ERR_TRUNCATE else CommError
+    return kind(f"{what}: {error}")
 
 
 _abandoned: list[Any] = []
@@ -124,16 +161,13 @@ class MpiCommunicator(Communicator):
     name = "mpi"
     device = torch.device("cpu")
 
-    def __init__(self, comm: MPI.Intracomm, timeout: float) -> None:
-        self._comm = comm
-        self._own = comm.Dup()
+    def __init__(self, comm: MPI.Intracomm, timeout: float, spin: float | None = None) -> None:
+        self._comm: Any = comm
+        self._own: Any = comm.Dup()
         self.rank = comm.rank
         self.size = comm.size
         self.timeout = timeout
-        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        cores = set().union(*node.allgather(os.sched_getaffinity(0)))
-        self.spin = 1e-3 if node.size <= len(cores) else 20e-6
-        node.Free()
+        self.spin = _spin(comm) if spin is None else spin
 
     def version(self) -> str:
         return " ".join(MPI.Get_library_version().split("\n")[0].strip("\0 ").split())
@@ -197,7 +231,7 @@ class MpiCommunicator(Communicator):
 
     def recv(self, x: torch.Tensor, src: int, tag: int) -> Work:
         comm, tag = self._channel(tag)
-        return Pending(self, comm.Irecv(_buffer(x), src, tag), "recv", x)
+        return Received(self, comm.Irecv(_buffer(x), src, tag), x)
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], tag: int) -> Work:
         works = [self.recv(x, src, tag) for x, src in recvs]
@@ -216,36 +250,56 @@ class MpiCommunicator(Communicator):
 
     def share(self, value: bytes) -> list[bytes]:
         mine = torch.frombuffer(bytearray(value or b"\0"), dtype=torch.uint8)
-        sizes = torch.empty(self.size, dtype=torch.int64)
+        sizes = torch.empty(self.size, dtype=torch.int64, device="cpu")
         sizes[self.rank] = len(value)
         Pending(self, self._own.Iallgather(MPI.IN_PLACE, self._even(sizes)), "share", sizes).wait()
         counts = [max(size, 1) for size in sizes.tolist()]
-        everything = torch.empty(sum(counts), dtype=torch.uint8)
-        Pending(self, self._own.Iallgatherv(_buffer(mine), _shares(everything, counts)), "share", mine).wait()
+        everything = torch.empty(sum(counts), dtype=torch.uint8, device="cpu")
+        request = self._own.Iallgatherv(_buffer(mine), _shares(everything, counts))
+        Pending(self, request, "share", mine, everything).wait()
         rows = everything.split(counts)
         return [row.numpy().tobytes()[:size] for row, size in zip(rows, sizes.tolist(), strict=True)]
 
     def subgroup(self, ranks: Sequence[int]) -> MpiCommunicator:
         group = self._comm.Get_group().Incl(list(ranks))
-        comm = self._comm.Create_group(group, tag=0)
-        group.Free()
-        return MpiCommunicator(comm, self.timeout)
+        try:
+            comm = self._comm.Create_group(group, tag=0)
+            return MpiCommunicator(comm, self.timeout, self.spin)
+        except MPI.Exception as error:
+            raise translate(error, f"making a group of {len(ranks)} ranks") from error
+        finally:
+            group.Free()
 
     def _even(self, x: torch.Tensor) -> tuple[Any, int, Any]:
         # For mpi4py, the count of a buffer with a share for every rank is that of one share.
         return _address(x.data_ptr(), x.nbytes), x.numel() // self.size, DATATYPES[x.dtype]
 
-    def _channel(self, tag: int) -> tuple[MPI.Comm, int]:
+    def _channel(self, tag: int) -> tuple[Any, int]:
         return (self._comm, tag) if tag < INTERNAL_TAG else (self._own, tag - INTERNAL_TAG)
 
     def abort(self, reason: BaseException) -> None:
         self._comm.Abort(1)
 
     def close(self) -> None:
+        comms, self._comm, self._own = (self._comm, self._own), Closed(), Closed()
+        _reap()
         if not MPI.Is_finalized() and not _abandoned:
-            self._own.Free()
-            if self._comm != MPI.COMM_WORLD:
-                self._comm.Free()
+            for comm in comms:
+                comm.Free()
+
+
+def _reap() -> None:
+    """Let go of requests that were dropped unfinished and have finished since."""
+    _abandoned[:] = [entry for entry in _abandoned if isinstance(entry, Pending) or not entry[0].Test()]
+
+
+def _spin(comm: MPI.Intracomm) -> float:
+    """Seconds to spin in a wait: little where this host has more ranks than cores."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    cores = set().union(*node.allgather(os.sched_getaffinity(0)))
+    spin = 1e-3 if node.size <= len(cores) else 20e-6
+    node.Free()
+    return spin
 
 
 def world(timeout: float) -> MpiCommunicator:

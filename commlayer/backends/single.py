@@ -17,11 +17,11 @@ from commlayer.work import Work
 class Single(Communicator):
     """One rank alone. A message to oneself must be sent before it is received."""
 
-    name = "single"
     rank = 0
     size = 1
 
-    def __init__(self, device: torch.device | str = "cpu", timeout: float = 600.0) -> None:
+    def __init__(self, device: torch.device | str = "cpu", timeout: float = 600.0, name: str = "single") -> None:
+        self.name = name  # of the backend that was asked for, of which one rank needs nothing
         self.device = torch.device(device)
         self.timeout = timeout
         self._mail: dict[int, deque[torch.Tensor]] = defaultdict(deque)

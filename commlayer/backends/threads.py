@@ -114,7 +114,7 @@ class _Letter(Work):
             timeout = self._timeout if timeout is None else timeout
             world.wait_for(lambda: self._key in mail, timeout, f"recv from rank {self._key[0]}")
             letter = mail.pop(self._key)
-        self._taken = True
+        # A letter that does not fit stays taken: the message is gone on every backend.
         if letter.dtype != self._out.dtype or letter.numel() != self._out.numel():
             raise CollectiveMismatch(
                 f"recv: expected {self._out.numel()} elements of {self._out.dtype}, "
@@ -122,6 +122,7 @@ class _Letter(Work):
             )
         with torch.inference_mode() if self._out.is_inference() else torch.no_grad():
             self._out.copy_(letter)
+        self._taken = True
         return None
 
 
@@ -186,7 +187,7 @@ class Threads(Communicator):
         def compute(ranks: list[Any]) -> None:
             for target, _ in ranks:
                 for piece, (_, row) in zip(pieces(target, counts, self.size), ranks, strict=True):
-                    piece.copy_(row)
+                    _fill(piece, row)
 
         return self._meet(("all_gather", x.dtype, _tuple(counts)), (out, x), compute)
 
@@ -194,7 +195,7 @@ class Threads(Communicator):
         def compute(ranks: list[Any]) -> None:
             total = combine([row for _, row in ranks], op.name)
             for (target, _), piece in zip(ranks, pieces(total, counts, self.size), strict=True):
-                target.copy_(piece)
+                _fill(target, piece)
 
         key = ("reduce_scatter", op.name, x.dtype, x.numel(), _tuple(counts))
         return self._meet(key, (out, _scaled(x, op)), compute)
@@ -217,14 +218,14 @@ class Threads(Communicator):
     def gather(self, out: torch.Tensor | None, x: torch.Tensor, dst: int, counts: Counts) -> Work:
         def compute(ranks: list[Any]) -> None:
             for piece, (_, row) in zip(pieces(ranks[dst][0], counts, self.size), ranks, strict=True):
-                piece.copy_(row)
+                _fill(piece, row)
 
         return self._meet(("gather", x.dtype, _tuple(counts), dst), (out, x), compute)
 
     def scatter(self, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts) -> Work:
         def compute(ranks: list[Any]) -> None:
             for (target, _), piece in zip(ranks, pieces(ranks[src][1], counts, self.size), strict=True):
-                target.copy_(piece)
+                _fill(target, piece)
 
         return self._meet(("scatter", out.dtype, _tuple(counts), src), (out, x), compute)
 
@@ -290,6 +291,13 @@ def new_world(size: int, timeout: float) -> list[Threads]:
 
 def _scaled(x: torch.Tensor, op: ReduceOp) -> torch.Tensor:
     return premultiplied(x, op) if op.factor is not None else x
+
+
+def _fill(target: torch.Tensor, source: torch.Tensor) -> None:
+    """copy_ without its broadcasting."""
+    if target.numel() != source.numel():
+        raise ValueError(f"{source.numel()} elements for a place of {target.numel()}")
+    target.copy_(source)
 
 
 def _tuple(counts: Counts) -> tuple[int, ...] | None:

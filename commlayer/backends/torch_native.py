@@ -6,7 +6,6 @@ the functions' checks and logging.
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from commlayer.backends.base import Communicator, Counts, Message, pieces
+from commlayer.backends.base import INTERNAL_TAG, Closed, Communicator, Counts, Message, pieces
+from commlayer.backends.process_groups import DEVICE_OF, constructor
 from commlayer.backends.single import Single
-from commlayer.errors import BackendUnavailable, CollectiveMismatch, CommError, CommTimeout, PeerLost
+from commlayer.errors import CollectiveMismatch, CommError, CommTimeout, PeerLost, UnsupportedOperation
 from commlayer.reduce_op import ReduceOp
 from commlayer.work import Work, gather_works
 
@@ -33,13 +33,11 @@ OPERATIONS = {
     "bor": dist.ReduceOp.BOR,
     "bxor": dist.ReduceOp.BXOR,
 }
-DEVICE_OF = {"gloo": "cpu", "mpi": "cpu", "nccl": "cuda", "xccl": "xpu", "ccl": "xpu"}
-
 # Backends that run a batch of messages as one, and would deadlock on opposite single ones.
 BATCHED = frozenset({"nccl", "xccl", "ccl"})
 
 
-# Seconds that close() gives messages which were sent but never waited for.
+# Seconds that an end waits for others: for messages never waited for, and for ranks that still need the store.
 LINGER = 5.0
 
 
@@ -81,7 +79,7 @@ class TorchCommunicator(Communicator):
         self, group: Any, name: str, device: torch.device, store: Any, timeout: float, owned: bool = True
     ) -> None:
         self.group = group
-        self._owned = owned
+        self.owned = owned
         self.name = name
         self.device = device
         self.rank = group.rank()
@@ -95,6 +93,7 @@ class TorchCommunicator(Communicator):
         self._children: Counter[tuple[int, ...]] = Counter()
         self._reduce_options: dict[str, Any] = {}
         self._abandoned: list[Any] = []
+        self._batched = name in BATCHED and getattr(group, "supports_coalescing", True)
         self._alone = Single(device, timeout)  # for messages to oneself, which gloo refuses
 
     def version(self) -> str:
@@ -103,15 +102,7 @@ class TorchCommunicator(Communicator):
         return f"torch {torch.__version__}"
 
     def translated(self, error: RuntimeError, what: str) -> Exception:
-        """The error of the layer's own tree that says the same."""
-        text, where = str(error), f"{what} on rank {self.rank} of {self.size}"
-        if "imed out" in text or "imeout" in text:
-            return CommTimeout(f"{where}: {text}")
-        if "closed by peer" in text or "reset by peer" in text or "Broken pipe" in text:
-            return PeerLost(f"{where}: {text}")
-        if "size mismatch" in text or "sizes do not match" in text:
-            return CollectiveMismatch(f"{where}: {text}")
-        return CommError(f"{where}: {text}")
+        return translate(error, f"{what} on rank {self.rank} of {self.size}")
 
     def _start(self, what: str, call: Callable[..., Any], *arguments: Any, keep: Any = ()) -> Work:
         try:
@@ -187,22 +178,48 @@ class TorchCommunicator(Communicator):
     def send(self, x: torch.Tensor, dst: int, tag: int) -> Work:
         if dst == self.rank:
             return self._alone.send(x, 0, tag)
+        if self._batched:
+            return self.exchange([(x, dst)], [], tag)
         return self._start("send", self.group.send, [x], dst, tag)
 
     def recv(self, x: torch.Tensor, src: int, tag: int) -> Work:
         if src == self.rank:
             return self._alone.recv(x, 0, tag)
+        if self._batched:
+            return self.exchange([], [(x, src)], tag)
         return self._start("recv", self.group.recv, [_plain(x)], src, tag)
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], tag: int) -> Work:
-        batched = self.name in BATCHED
-        if batched:
-            self.group._start_coalescing()
-        works = [self.recv(x, src, tag) for x, src in recvs]
-        works += [self.send(x, dst, tag) for x, dst in sends]
-        if batched:
-            return Native(self, self.group._end_coalescing(), "exchange", works)
+        # Messages to oneself first, sends before receives; they never reach the process group.
+        works = [self._alone.send(x, 0, tag) for x, dst in sends if dst == self.rank]
+        works += [self._alone.recv(x, 0, tag) for x, src in recvs if src == self.rank]
+        sends = [message for message in sends if message[1] != self.rank]
+        recvs = [message for message in recvs if message[1] != self.rank]
+        if not self._batched:
+            works += [self.recv(x, src, tag) for x, src in recvs]
+            works += [self.send(x, dst, tag) for x, dst in sends]
+            return gather_works(works)
+        if 0 < tag < INTERNAL_TAG:
+            raise UnsupportedOperation(f"tag: messages on {self.name} carry none and match in order; got {tag}")
+        if sends or recvs:
+            works.append(self._batch(sends, recvs))
         return gather_works(works)
+
+    def _batch(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Work:
+        # Always a batch, also of one: these libraries use other communicators, and another order, for messages
+        # outside of a batch, so the two never match.
+        def start() -> Any:
+            self.group._start_coalescing()
+            try:
+                for x, src in recvs:
+                    self.group.recv([_plain(x)], src, 0)
+                for x, dst in sends:
+                    self.group.send([x], dst, 0)
+            finally:
+                work = self.group._end_coalescing()
+            return work
+
+        return self._start("exchange", start, keep=(sends, recvs))
 
     def post(self, x: torch.Tensor, dst: int, tag: int) -> Work:
         self._store.set(self._address(self._posted, self.rank, dst, tag), x.cpu().view(torch.uint8).numpy().tobytes())
@@ -243,6 +260,13 @@ class TorchCommunicator(Communicator):
         store = dist.PrefixStore(name, self._store)
         return create(self.name, store, members.index(self.rank), len(members), self.device, self.timeout)
 
+    def farewell(self) -> None:
+        """Rank 0, which serves the store, gives the others ``LINGER`` seconds to be done with it."""
+        with suppress(RuntimeError):
+            self._store.set(f"bye/{self.rank}", b"bye")
+            if self.rank == 0:
+                self._store.wait([f"bye/{rank}" for rank in range(self.size)], timedelta(seconds=LINGER))
+
     def close(self) -> None:
         """Join the process group's worker threads, by dropping the last reference to it.
 
@@ -253,16 +277,21 @@ class TorchCommunicator(Communicator):
             with suppress(RuntimeError):  # a peer that never took it, or has left
                 work.wait(timedelta(seconds=min(self.timeout, LINGER)))
         self._abandoned.clear()
-        group, self.group = self.group, _Closed()
-        if self._owned and self.name != "gloo" and hasattr(group, "shutdown"):
+        group, self.group = self.group, Closed()
+        if self.owned and self.name != "gloo" and hasattr(group, "shutdown"):
             group.shutdown()
 
 
-class _Closed:
-    """Stands where the process group was."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise CommError("this group was closed by commlayer.finalize()")
+def translate(error: RuntimeError, where: str) -> Exception:
+    """The error of the layer's own tree that says the same as torch's."""
+    text = str(error)
+    if "imed out" in text or "imeout" in text:
+        return CommTimeout(f"{where}: {text}")
+    if any(words in text for words in ("closed by peer", "reset by peer", "Broken pipe", "refused", "shutdown")):
+        return PeerLost(f"{where}: {text}")
+    if "size mismatch" in text or "sizes do not match" in text:
+        return CollectiveMismatch(f"{where}: {text}")
+    return CommError(f"{where}: {text}")
 
 
 def _plain(x: torch.Tensor) -> torch.Tensor:
@@ -302,69 +331,32 @@ class _Letter(Work):
 
 
 def create(name: str, store: Any, rank: int, size: int, device: torch.device, timeout: float) -> TorchCommunicator:
-    """A fresh process group of its own, registered nowhere, so that it meets no other program's groups.
+    """A communicator on a fresh process group.
 
-    Raises BackendUnavailable with the remedy where this torch does not have the backend.
+    Raises BackendUnavailable where this torch does not have the backend, CommError where the ranks do not meet.
     """
-    limit = timedelta(seconds=timeout)
-    inner = dist.PrefixStore("torch", store)
-    if name == "gloo":
-        if not dist.is_gloo_available():
-            raise BackendUnavailable("backend gloo: this build of torch has none; use mpi")
-        group: Any = dist.ProcessGroupGloo(inner, rank, size, limit)
-    elif name == "nccl":
-        if not (dist.is_nccl_available() and torch.cuda.is_available()):
-            raise BackendUnavailable("backend nccl: needs a CUDA build of torch and a visible NVIDIA GPU")
-        group = dist.ProcessGroupNCCL(inner, rank, size, _with_timeout(dist.ProcessGroupNCCL.Options(), limit))
-    elif name == "xccl":
-        if not (dist.is_xccl_available() and torch.xpu.is_available()):
-            raise BackendUnavailable("backend xccl: needs an XPU build of torch >= 2.7 and a visible Intel GPU")
-        group = dist.ProcessGroupXCCL(inner, rank, size, _with_timeout(dist.ProcessGroupXCCL.Options(), limit))
-    else:
-        group = _plugin(name)(inner, rank, size, limit)
+    make = constructor(name)
+    try:
+        group = make(dist.PrefixStore("torch", store), rank, size, timedelta(seconds=timeout))
+        if name in BATCHED and hasattr(group, "eager_connect_single_device"):
+            # A batch of messages must not be the first call of a group that some of its ranks take no part in.
+            group.eager_connect_single_device(device)
+    except RuntimeError as error:
+        raise translate(error, f"connecting rank {rank} of {size} by {name}") from error
     return TorchCommunicator(group, name, device, store, timeout)
 
 
-def _with_timeout(options: Any, limit: timedelta) -> Any:
-    options._timeout = limit
-    return options
-
-
-def _plugin(name: str) -> Callable[..., Any]:
-    """The constructor of a backend that registered itself with torch.distributed."""
-    if name == "ccl":
-        try:
-            importlib.import_module("oneccl_bindings_for_pytorch")
-        except ImportError as error:
-            raise BackendUnavailable(
-                f"backend ccl: {error}; pip install 'commlayer[intel]' (torch >= 2.7 has xccl built in instead)"
-            ) from error
-    plugin = dist.Backend._plugins.get(name.upper())
-    if plugin is None:
-        known = ", ".join(sorted({*DEVICE_OF, *(key.lower() for key in dist.Backend._plugins)}))
-        raise BackendUnavailable(f"backend {name!r}: torch.distributed knows none of that name (known: {known})")
-    if not plugin.extended_api:
-        return plugin.creator_fn
-
-    def extended(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
-        options = c10d._DistributedBackendOptions()
-        options.store, options.group_rank, options.group_size, options.timeout = store, rank, size, timeout
-        options.group_id, options.global_ranks_in_group = "commlayer", list(range(size))
-        return plugin.creator_fn(options, None)
-
-    return extended
-
-
-def wrap_default_group(timeout: float | None) -> TorchCommunicator:
-    """The default group of a program that has initialised torch.distributed itself."""
+def wrap_default_group(timeout: float | None, generation: int) -> TorchCommunicator:
+    """The default group of a program that has initialised torch.distributed itself; its timeout where None is given."""
     config = dist.get_backend_config()
     pairs = dict(item.split(":") for item in str(config).split(",") if ":" in item)
-    present = [kind for kind in ("cuda", "xpu") if kind in pairs and getattr(torch, kind).is_available()]
-    kind = present[0] if present else "cpu"
+    # An accelerator only where its own library serves it: plain gloo lists every device it could stage.
+    kinds = [kind for kind in ("cuda", "xpu") if DEVICE_OF.get(pairs.get(kind, "")) == kind]
+    kind = next((kind for kind in kinds if getattr(torch, kind).is_available()), "cpu")
     name = pairs.get(kind, dist.get_backend())
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, getattr(torch, kind).current_device())
     world = dist.group.WORLD
     assert world is not None
-    store = dist.PrefixStore("commlayer", c10d._get_default_store())
+    store = dist.PrefixStore(f"commlayer/{generation}", c10d._get_default_store())
     seconds = timeout if timeout is not None else dist.default_pg_timeout.total_seconds()
     return TorchCommunicator(world._get_backend(torch.device(kind)), name, device, store, seconds, owned=False)

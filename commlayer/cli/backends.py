@@ -77,7 +77,7 @@ def examine(name: str, launch: Launch | None) -> Health:
 def capability_set(backend: str, settings: Settings) -> CapabilitySet:
     """The set that init would agree on, were every rank like this process. CommError, ValueError."""
     version = _nccl_version() if backend == "nccl" else torch.__version__
-    alone = SimpleNamespace(name=backend, version=lambda: version, share=lambda text: [text])
+    alone = SimpleNamespace(name=backend, size=2, version=lambda: version, share=lambda text: [text])
     return bootstrap.capabilities(cast(Communicator, alone), settings)
 
 

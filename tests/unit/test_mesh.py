@@ -271,10 +271,7 @@ def test_one_mesh_shared_by_thread_ranks():
     def sums():
         rank = torch.tensor(commlayer.world().rank)
         folded = mesh.fold("ep=4")
-        return [
-            int(commlayer.all_reduce(rank, group=group))
-            for group in (mesh["dp"], mesh["dp-tp"], folded["ep"])
-        ]
+        return [int(commlayer.all_reduce(rank, group=group)) for group in (mesh["dp"], mesh["dp-tp"], folded["ep"])]
 
     def expected(rank):
         groups = (mesh.ranks("dp", rank), mesh.ranks("tp-dp", rank), mesh.fold("ep=4").ranks("ep", rank))
