@@ -18,7 +18,7 @@ from commlayer.capability import (
     requests,
     shipped_profiles,
 )
-from commlayer.planner import Cost, native_cost, plan
+from commlayer.planner import OVERHEAD, Cost, native_cost, plan
 from tests.contracts.cases import disabled
 
 ALL = list(requests("cpu"))
@@ -61,7 +61,7 @@ def test_the_cost_of_a_plan_is_that_of_its_parts(name):
     def cost(tree):
         if tree.fallback is None:
             return native_cost(tree.request.op, 4)
-        total = Cost(touched=tree.fallback.passes)
+        total = Cost(0 if tree.fallback.reinterprets else OVERHEAD, touched=tree.fallback.passes)
         for use, part in zip(tree.fallback.needs(tree.request, 4), tree.parts, strict=True):
             assert use.request == part.request
             total = total.plus(cost(part), use.times, use.scale)
