@@ -199,3 +199,55 @@ def test_forbidden_and_announced_emulation(tmp_path: Path) -> None:
     ]:
         result = job("torchrun", 2, program, tmp_path, COMMLAYER_FALLBACK=policy)
         assert lines(result) == sorted(expected * 2)
+
+
+def test_init_may_follow_finalize_while_another_rank_is_late(tmp_path: Path) -> None:
+    # The launcher's store outlives the first world: what was said there must not be taken for the second's.
+    program = """
+        import sys, time
+        import torch, commlayer
+        world = commlayer.init()
+        world.split(world.rank)
+        commlayer.finalize()
+        if world.rank == 1:
+            time.sleep(1)
+        world = commlayer.init(timeout=30)
+        half = world.split(0, key=-world.rank)
+        total = commlayer.all_reduce(torch.tensor(world.rank + 1), group=half).item()
+        sys.stdout.write(f"said {half.ranks} {total}\\n")
+    """
+    assert lines(job("torchrun", 2, program, tmp_path)) == ["said (1, 0) 3"] * 2
+
+
+@needs_mpiexec
+def test_a_letter_survives_the_end_of_the_rank_that_serves_the_store(tmp_path: Path) -> None:
+    program = """
+        import sys, time
+        import torch, commlayer
+        world = commlayer.init()
+        if world.rank == 0:
+            commlayer.send(torch.arange(3), 1)
+        else:
+            time.sleep(2)
+            sys.stdout.write(f"said {commlayer.recv(torch.zeros(3, dtype=torch.int64), 0).tolist()}\\n")
+    """
+    env = {"COMMLAYER_BACKEND": "gloo", "COMMLAYER_PROFILE": "only-all-reduce"}
+    assert lines(job("mpiexec", 2, program, tmp_path, **env)) == ["said [0, 1, 2]"]
+
+
+@needs_mpiexec
+def test_a_message_of_another_length_is_a_mismatch_on_mpi(tmp_path: Path) -> None:
+    program = """
+        import os, sys
+        import torch, commlayer
+        world = commlayer.init()
+        for sent, expected in [(2, 3), (4, 3)]:
+            if world.rank == 0:
+                commlayer.send(torch.ones(sent), 1)
+            else:
+                try:
+                    commlayer.recv(torch.zeros(expected), 0)
+                except commlayer.CollectiveMismatch:
+                    sys.stdout.write(f"said {sent} for {expected}\\n")
+    """
+    assert lines(job("mpiexec", 2, program, tmp_path)) == ["said 2 for 3", "said 4 for 3"]
