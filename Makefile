@@ -11,7 +11,6 @@ RANKS ?= 4
 # One thread a rank: the ranks share this machine's cores.
 export OMP_NUM_THREADS = 1
 
-# NAME=VALUE settings, then a launcher, then pytest over tests/spmd.
 MPIEXEC := $(BIN)/mpiexec -n $(RANKS) $(BIN)/python -m pytest -q --with-mpi tests/spmd
 TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m pytest -q tests/spmd
 
@@ -35,9 +34,9 @@ test-spmd: $(BIN)/.ready
 	  COMMLAYER_BACKEND=mpi COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; \
 	done
 
-# Also every other profile, odd numbers of ranks, and Open MPI.
+# Also more examples, every other profile, other numbers of ranks, and Open MPI.
 test-all: test test-openmpi
-	$(BIN)/python -m pytest -q tests/unit --slow
+	COMMLAYER_TEST_EXAMPLES=8000 $(BIN)/python -m pytest -q tests/unit/test_properties.py
 	for profile in xccl-2.8 xccl-2.11 xccl-2.13 nccl-2.27; do \
 	  COMMLAYER_BACKEND=gloo COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; \
 	  COMMLAYER_BACKEND=mpi COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; \
