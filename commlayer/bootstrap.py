@@ -1,23 +1,21 @@
-"""How the first communicator comes about: which backend, and how its ranks find each other."""
+"""How the first communicator comes about: which backend, over which ranks, with what it can do."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import socket
 from datetime import timedelta
-from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from commlayer import rendezvous
 from commlayer.backends import process_groups, torch_native
 from commlayer.backends.base import Communicator
 from commlayer.backends.single import Single
 from commlayer.capability import EVERYTHING, CapabilitySet, Profile, load_profile, parse_disabled, profile_for
-from commlayer.errors import BackendUnavailable, CommTimeout, LaunchError
-from commlayer.launch import Launch, bind_device
+from commlayer.control import Client
+from commlayer.errors import BackendUnavailable, LaunchError
+from commlayer.launch import Launch, bind_device, mpi_importable
 from commlayer.settings import Settings
 
 # Backends whose shipped profile the test suite proves; a replayed profile narrows it. For the others the
@@ -43,19 +41,15 @@ def choose(launch: Launch) -> str:
     return "mpi" if launch.mpi and mpi_importable() else "gloo"
 
 
-def mpi_importable() -> bool:
-    return importlib.util.find_spec("mpi4py") is not None
+def connect(backend: str, launch: Launch, timeout: float, generation: int) -> tuple[Communicator, Client | None]:
+    """The communicator of all ranks, and the control channel. Raises BackendUnavailable, LaunchError, with the remedy.
 
-
-def connect(backend: str, launch: Launch, timeout: float, generation: int) -> Communicator:
-    """The communicator of all ranks. Raises BackendUnavailable or LaunchError, with the remedy.
-
-    ``generation`` counts the calls of init in this process: the store may outlive what was said in an earlier one.
+    ``generation`` counts the calls of init in this process: the channel outlives what was said in an earlier one.
     """
     if backend == "single":
         if launch.size not in (None, 1):
             raise LaunchError(f"backend single is for one process, but {launch.launcher} started {launch.size}")
-        return Single(_own_device(), timeout)
+        return Single(_own_device(), timeout), None
     if backend == "threads":
         raise BackendUnavailable("backend threads: its ranks are threads; start them with commlayer.run_local(fn)")
     if backend == "mpi":
@@ -67,7 +61,7 @@ def connect(backend: str, launch: Launch, timeout: float, generation: int) -> Co
                 f"MPI says rank {comm.rank} of {comm.size}, but {launch.launcher} says {launch.rank} of {launch.size}: "
                 "mpi4py is built for another MPI than the launcher's"
             )
-        return comm
+        return comm, rendezvous.join(launch, comm.rank, comm.size, timeout, by_mpi=True) if comm.size > 1 else None
     rank, size = launch.rank, launch.size
     if size is None:
         from commlayer.backends import mpi
@@ -77,9 +71,28 @@ def connect(backend: str, launch: Launch, timeout: float, generation: int) -> Co
     if size == 1:
         # Nothing to communicate: and NCCL, for one, does AVG and premul_sum wrongly on a group of one.
         process_groups.constructor(backend)
-        return Single(device, timeout, backend)
-    store = dist.PrefixStore(f"commlayer/{generation}", _store(launch, rank, size, timeout))
-    return torch_native.create(backend, store, rank, size, device, timeout)
+        return Single(device, timeout, backend), None
+    process_groups.constructor(backend)  # a backend that is not here is an error before anybody is waited for
+    client = rendezvous.join(launch, rank, size, timeout, by_mpi=False)
+    store: Any
+    if backend == "gloo":
+        store = rendezvous.hub_store(client, timeout)
+    else:
+        store = rendezvous.native_store(client, launch, size, timeout)
+    store = dist.PrefixStore(f"commlayer/{generation}", store)
+    return torch_native.create(backend, store, rank, size, device, timeout, client.address), client
+
+
+def wrap(timeout: float | None, generation: int) -> tuple[Communicator, Client | None, Launch]:
+    """The same over the default group of a program that has initialised torch.distributed itself."""
+    comm = torch_native.wrap_default_group(timeout, generation)
+    launch = Launch("host program", comm.rank, comm.size)
+    if comm.size == 1:
+        return comm, None, launch
+    store = torch_native.host_store()
+    client = rendezvous.join(launch, comm.rank, comm.size, comm.timeout, by_mpi=False, store=store)
+    comm.address = client.address
+    return comm, client, launch
 
 
 def _own_device() -> torch.device:
@@ -104,73 +117,18 @@ def _device(backend: str, launch: Launch) -> torch.device:
     return torch.device(kind, index)
 
 
-def _store(launch: Launch, rank: int, size: int, timeout: float) -> Any:
-    """The key-value store through which ranks exchange addresses, and its control channel later."""
-    limit = timedelta(seconds=timeout)
-    if size == 1:
-        return dist.HashStore()
-    try:
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun keeps the store itself
-            return next(iter(dist.rendezvous("env://", rank, size, timeout=limit)))[0]
-        if launch.master_addr and launch.master_port:
-            address, port = launch.master_addr, launch.master_port
-            return _tcp_store(address, port, size, rank == 0, limit)
-        if launch.mpi and mpi_importable():
-            return _store_by_mpi(launch, rank, size, limit)
-    except (RuntimeError, OSError) as error:
-        raise CommTimeout(
-            f"rank {rank} of {size} could not reach the store at {launch.master_addr}:{launch.master_port}: {error}"
-        ) from error
-    remedy = "set MASTER_ADDR and MASTER_PORT on every rank"
-    if launch.mpi:
-        remedy += ", or install mpi4py, through which rank 0 tells"
-    raise LaunchError(f"{launch.launcher} does not say where rank 0 is: {remedy}")
-
-
-def leave(comm: Communicator) -> None:
-    """What the end of the job needs of a communicator of all ranks, before it is closed; a few seconds at most."""
-    served_by_us = "TORCHELASTIC_RUN_ID" not in os.environ
-    if isinstance(comm, torch_native.TorchCommunicator) and comm.owned and served_by_us:
-        comm.farewell()
-
-
-def start_torch_distributed(comm: Communicator, launch: Launch, timeout: float, generation: int) -> None:
+def start_torch_distributed(
+    comm: Communicator, client: Client | None, launch: Launch, timeout: float, generation: int
+) -> None:
     """Start torch.distributed's default group over the same ranks, for what can only live there (DeviceMesh).
 
     On the same backend where that is torch's, else on gloo.
     """
     backend = comm.name if isinstance(comm, torch_native.TorchCommunicator) else "gloo"
-    store = dist.PrefixStore(f"torch.distributed/{generation}", _store(launch, comm.rank, comm.size, timeout))
+    store = dist.HashStore() if client is None else rendezvous.native_store(client, launch, comm.size, timeout)
+    store = dist.PrefixStore(f"torch.distributed/{generation}", store)
     limit = timedelta(seconds=timeout)
     dist.init_process_group(backend, store=store, rank=comm.rank, world_size=comm.size, timeout=limit)
-
-
-@cache
-def _tcp_store(address: str, port: int, size: int, serves: bool, limit: timedelta) -> Any:
-    # Kept for the life of the process: others may still need what rank 0 serves when it finalizes.
-    return dist.TCPStore(address, port, size, serves, limit, multi_tenant=True)
-
-
-@cache
-def _store_by_mpi(launch: Launch, rank: int, size: int, limit: timedelta) -> Any:
-    from commlayer.backends import mpi
-
-    store = None
-    where: tuple[str, int] | None = None
-    if rank == 0:
-        one_node = launch.local_size == size
-        address = "127.0.0.1" if one_node else launch.master_addr or _own_address()
-        store = dist.TCPStore(address, 0, size, True, limit, wait_for_workers=False)
-        where = (address, store.port)
-    address, port = mpi.broadcast_object(where)
-    return store or dist.TCPStore(address, port, size, False, limit)
-
-
-def _own_address() -> str:
-    """This host as others reach it: by number, or by name where the number means the host itself."""
-    name = socket.gethostname()
-    number = socket.gethostbyname(name)
-    return name if number.startswith("127.") else number
 
 
 def check(settings: Settings) -> None:

@@ -36,6 +36,13 @@ def check_tensor(x: torch.Tensor, group: Group, name: str = "x") -> None:
         raise ValueError(f"{name}: is on {x.device}, but backend {group.backend} works on {group.device}")
 
 
+def check_timeout(timeout: float | None) -> float | None:
+    """Seconds, or None for the group's."""
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
+        raise ValueError(f"timeout: expected a positive number of seconds, got {timeout!r}")
+    return timeout
+
+
 def check_reduce(op: ReduceOp, dtype: torch.dtype) -> None:
     why = meaningless(op.name, dtype)
     if why is not None:

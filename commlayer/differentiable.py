@@ -15,6 +15,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 from torch.autograd import forward_ad
 
 from commlayer.errors import UnsupportedOperation
+from commlayer.recorder import Operation
 from commlayer.work import Work
 
 Tensor = torch.Tensor
@@ -39,7 +40,7 @@ class _Collective(torch.autograd.Function):
 
 
 def launch(
-    name: str,
+    op: Operation,
     x: Tensor,
     out: Tensor | None,
     async_op: bool,
@@ -47,25 +48,31 @@ def launch(
     adjoint: Adjoint | None,
 ) -> Any:
     """Run ``start`` on ``x`` and wait for it, unless ``async_op``; None for ``adjoint`` means there is none."""
+    if x.requires_grad and torch.is_grad_enabled():
+        box: list[Work] = []
+        assert adjoint is not None
+        result = op.watch.run(op, lambda: _Collective.apply(x, start, adjoint, box))
+        op.work = box[0]
+    else:
+        result, op.work = op.watch.run(op, lambda: start(x))
+    op.result = result
+    if async_op:
+        return op
+    return op.wait()
+
+
+def check_gradient(name: str, x: Tensor, out: Tensor | None, differentiable: bool = True) -> None:
+    """Refuse, before anything is communicated, what would lose a derivative."""
     if (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None) or is_wrapped(x):
         raise UnsupportedOperation(
             f"{name}: no forward-mode derivative, and nothing under torch.func transforms (jvp, vmap, grad); "
             "use backward(), and communicate outside of the transform"
         )
     if x.requires_grad and torch.is_grad_enabled():
-        if adjoint is None:
+        if not differentiable:
             raise UnsupportedOperation(f"{name} has no gradient, and x requires one; use x.detach() to go without")
         if out is not None:
             raise ValueError(f"{name}: out= carries no gradient, and x requires one; leave out= away or detach x")
-        box: list[Work] = []
-        result = _Collective.apply(x, start, adjoint, box)
-        work = box[0]
-    else:
-        result, work = start(x)
-    if async_op:
-        return work.then(lambda: result)
-    work.wait()
-    return result
 
 
 def finished(result: T, work: Work, finish: Callable[[], object] | None) -> tuple[T, Work]:

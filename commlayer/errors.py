@@ -30,3 +30,7 @@ class CommTimeout(CommError):
 
 class PeerLost(CommError):
     """Another rank died, left or raised while this one was waiting for it."""
+
+
+class NonFinite(CommError):
+    """A NaN or an infinity was about to be sent, under COMMLAYER_CHECK_NAN=1."""

@@ -1,7 +1,8 @@
 """The public collectives on tensors.
 
 All of them follow one pattern: check the arguments; bring input and destination into the flat form that
-backends work on; start; wait, or hand out a ``Work`` (see ``differentiable``).
+backends work on; start; wait, or hand out a ``Work`` (see ``differentiable``). ``timeout`` is in seconds and by
+default the group's.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from commlayer.checks import (
     check_sizes,
     check_splittable,
     check_tensor,
+    check_timeout,
 )
-from commlayer.differentiable import Started, Tensor, finished, launch
+from commlayer.differentiable import Started, Tensor, check_gradient, finished, launch
 from commlayer.group import Group
 from commlayer.layout import destination, flat
 from commlayer.reduce_op import LINEAR, SUM, ReduceOp, as_reduce_op
@@ -38,6 +40,7 @@ def all_reduce(
     group: Group | None = None,
     out: Tensor | None = None,
     async_op: bool = False,
+    timeout: float | None = None,
 ) -> Any:
     """The reduction of every rank's ``x``, on every rank, bitwise the same.
 
@@ -47,6 +50,7 @@ def all_reduce(
     g = resolve(group)
     op = as_reduce_op(op)
     check_tensor(x, g)
+    check_timeout(timeout)
     check_reduce(op, x.dtype)
     if out is not None:
         check_out(out, x.shape, x, g)
@@ -61,7 +65,9 @@ def all_reduce(
             return premultiplied(all_reduce(grad, group=g), op)
         return all_reduce(grad, op, group=g)
 
-    return launch(f"all_reduce {op}", x, out, async_op, start, adjoint if op.name in LINEAR else None)
+    check_gradient(f"all_reduce {op}", x, out, op.name in LINEAR)
+    call = g.watch.begin("all_reduce", x, op, timeout=timeout)
+    return launch(call, x, out, async_op, start, adjoint if op.name in LINEAR else None)
 
 
 def reduce(
@@ -72,6 +78,7 @@ def reduce(
     group: Group | None = None,
     out: Tensor | None = None,
     async_op: bool = False,
+    timeout: float | None = None,
 ) -> Any:
     """The reduction of every rank's ``x`` on rank ``dst``; None elsewhere.
 
@@ -81,6 +88,7 @@ def reduce(
     g = resolve(group)
     op = as_reduce_op(op)
     check_tensor(x, g)
+    check_timeout(timeout)
     check_reduce(op, x.dtype)
     dst = check_rank(dst, g, "dst")
     at_root = g.rank == dst
@@ -101,12 +109,21 @@ def reduce(
             return premultiplied(full, op)
         return full / g.size if op.name == "avg" else full
 
-    result = launch(f"reduce {op}", x, out, async_op, start, adjoint if op.name in LINEAR else None)
-    return _only_at_root(result, at_root, async_op)
+    check_gradient(f"reduce {op}", x, out, op.name in LINEAR)
+    call = g.watch.begin("reduce", x, op, root=dst, timeout=timeout)
+    return _only_at_root(
+        launch(call, x, out, async_op, start, adjoint if op.name in LINEAR else None), at_root, async_op
+    )
 
 
 def broadcast(
-    x: Tensor, *, src: int = 0, group: Group | None = None, out: Tensor | None = None, async_op: bool = False
+    x: Tensor,
+    *,
+    src: int = 0,
+    group: Group | None = None,
+    out: Tensor | None = None,
+    async_op: bool = False,
+    timeout: float | None = None,
 ) -> Any:
     """The values of ``x`` on rank ``src``, on every rank; elsewhere only the shape and dtype of ``x`` count.
 
@@ -114,6 +131,7 @@ def broadcast(
     """
     g = resolve(group)
     check_tensor(x, g)
+    check_timeout(timeout)
     src = check_rank(src, g, "src")
     if out is not None:
         check_out(out, x.shape, x, g)
@@ -132,7 +150,9 @@ def broadcast(
         total = reduce(grad, dst=src, group=g)
         return total if g.rank == src else _zeros_after(total, x.shape, grad)
 
-    return launch("broadcast", x, out, async_op, start, adjoint)
+    check_gradient("broadcast", x, out)
+    call = g.watch.begin("broadcast", x, root=src, timeout=timeout)
+    return launch(call, x, out, async_op, start, adjoint)
 
 
 def all_gather(
@@ -143,6 +163,7 @@ def all_gather(
     group: Group | None = None,
     out: Tensor | None = None,
     async_op: bool = False,
+    timeout: float | None = None,
 ) -> Any:
     """Every rank's ``x``, concatenated along ``dim`` in rank order, on every rank.
 
@@ -151,6 +172,7 @@ def all_gather(
     """
     g = resolve(group)
     check_tensor(x, g)
+    check_timeout(timeout)
     dim = check_dim(dim, x)
     sizes, shape, counts = _gathered(x, dim, check_sizes(sizes, g), g)
     if out is not None:
@@ -164,7 +186,9 @@ def all_gather(
     def adjoint(grad: Tensor) -> Tensor:
         return reduce_scatter(grad, dim=dim, sizes=sizes, group=g).reshape(x.shape)
 
-    return launch("all_gather", x, out, async_op, start, adjoint)
+    check_gradient("all_gather", x, out)
+    call = g.watch.begin("all_gather", x, dim=dim, sizes=sizes, timeout=timeout)
+    return launch(call, x, out, async_op, start, adjoint)
 
 
 def reduce_scatter(
@@ -176,6 +200,7 @@ def reduce_scatter(
     group: Group | None = None,
     out: Tensor | None = None,
     async_op: bool = False,
+    timeout: float | None = None,
 ) -> Any:
     """This rank's share, along ``dim``, of the reduction of every rank's ``x``.
 
@@ -185,6 +210,7 @@ def reduce_scatter(
     g = resolve(group)
     op = as_reduce_op(op)
     check_tensor(x, g)
+    check_timeout(timeout)
     check_reduce(op, x.dtype)
     check_splittable(x)
     dim = check_dim(dim, x)
@@ -203,7 +229,9 @@ def reduce_scatter(
             return premultiplied(full, op)
         return full / g.size if op.name == "avg" else full
 
-    return launch(f"reduce_scatter {op}", x, out, async_op, start, adjoint if op.name in LINEAR else None)
+    check_gradient(f"reduce_scatter {op}", x, out, op.name in LINEAR)
+    call = g.watch.begin("reduce_scatter", x, op, dim=dim, sizes=sizes, timeout=timeout)
+    return launch(call, x, out, async_op, start, adjoint if op.name in LINEAR else None)
 
 
 def all_to_all(
@@ -215,6 +243,7 @@ def all_to_all(
     group: Group | None = None,
     out: Tensor | None = None,
     async_op: bool = False,
+    timeout: float | None = None,
 ) -> Any:
     """Part r of ``x`` along ``dim`` goes to rank r; the result is what all ranks sent here, in rank order.
 
@@ -224,6 +253,7 @@ def all_to_all(
     """
     g = resolve(group)
     check_tensor(x, g)
+    check_timeout(timeout)
     check_splittable(x)
     dim = check_dim(dim, x)
     incoming = check_sizes(output_splits, g, "output_splits")
@@ -239,7 +269,7 @@ def all_to_all(
             check_out(out, out.shape, x, g)  # all but the shape, before the ranks talk
         if incoming is None:
             counts = torch.tensor(outgoing, dtype=torch.int64, device=x.device)
-            incoming = all_to_all(counts, group=g).tolist()
+            incoming = all_to_all(counts, group=g, timeout=timeout).tolist()
         if incoming[g.rank] != outgoing[g.rank]:
             raise ValueError(
                 f"output_splits: expects {incoming[g.rank]} from this rank itself, but input_splits sends it "
@@ -260,7 +290,10 @@ def all_to_all(
     def adjoint(grad: Tensor) -> Tensor:
         return all_to_all(grad, input_splits=incoming, output_splits=outgoing, dim=dim, group=g)
 
-    return launch("all_to_all", x, out, async_op, start, adjoint)
+    splits = None if outgoing is None else (outgoing, incoming)
+    check_gradient("all_to_all", x, out)
+    call = g.watch.begin("all_to_all", x, dim=dim, sizes=splits, timeout=timeout)
+    return launch(call, x, out, async_op, start, adjoint)
 
 
 def gather(
@@ -272,6 +305,7 @@ def gather(
     group: Group | None = None,
     out: Tensor | None = None,
     async_op: bool = False,
+    timeout: float | None = None,
 ) -> Any:
     """Every rank's ``x``, concatenated along ``dim`` in rank order, on rank ``dst``; None elsewhere.
 
@@ -280,6 +314,7 @@ def gather(
     """
     g = resolve(group)
     check_tensor(x, g)
+    check_timeout(timeout)
     dst = check_rank(dst, g, "dst")
     dim = check_dim(dim, x)
     sizes, shape, counts = _gathered(x, dim, check_sizes(sizes, g), g)
@@ -301,7 +336,9 @@ def gather(
         full = grad if at_root else _joined(shape, grad)
         return scatter(full, src=dst, dim=dim, sizes=sizes, group=g).reshape(x.shape)
 
-    return _only_at_root(launch("gather", x, out, async_op, start, adjoint), at_root, async_op)
+    check_gradient("gather", x, out)
+    call = g.watch.begin("gather", x, root=dst, dim=dim, sizes=sizes, timeout=timeout)
+    return _only_at_root(launch(call, x, out, async_op, start, adjoint), at_root, async_op)
 
 
 def scatter(
@@ -313,6 +350,7 @@ def scatter(
     group: Group | None = None,
     out: Tensor | None = None,
     async_op: bool = False,
+    timeout: float | None = None,
 ) -> Any:
     """This rank's share, along ``dim``, of ``x`` on rank ``src``; elsewhere only the shape and dtype of ``x`` count.
 
@@ -320,6 +358,7 @@ def scatter(
     """
     g = resolve(group)
     check_tensor(x, g)
+    check_timeout(timeout)
     src = check_rank(src, g, "src")
     check_splittable(x)
     dim = check_dim(dim, x)
@@ -337,18 +376,21 @@ def scatter(
         total = gather(grad, dst=src, dim=dim, sizes=sizes, group=g)
         return total if g.rank == src else _zeros_after(total, x.shape, grad)
 
-    return launch("scatter", x, out, async_op, start, adjoint)
+    check_gradient("scatter", x, out)
+    call = g.watch.begin("scatter", x, root=src, dim=dim, sizes=sizes, timeout=timeout)
+    return launch(call, x, out, async_op, start, adjoint)
 
 
-def barrier(*, group: Group | None = None, async_op: bool = False) -> Work | None:
+def barrier(*, group: Group | None = None, async_op: bool = False, timeout: float | None = None) -> Work | None:
     """Wait until every rank of the group has come this far. (MPI_Barrier.)"""
     g = resolve(group)
     if not g.is_member:
         raise ValueError(f"group: this process is not a member of the group of ranks {list(g.ranks)}")
-    work = g.flat.barrier()
+    call = g.watch.begin("barrier", timeout=check_timeout(timeout))
+    call.work = g.watch.run(call, g.flat.barrier)
     if async_op:
-        return work
-    work.wait()
+        return call
+    call.wait()
     return None
 
 

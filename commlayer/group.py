@@ -12,9 +12,12 @@ import torch
 from commlayer.backends.base import Communicator, Counts, Message
 from commlayer.backends.single import Single
 from commlayer.capability import EVERYTHING, OPS, REDUCING, SPLITTABLE, CapabilitySet, Request
+from commlayer.control.seat import Seat
 from commlayer.errors import UnsupportedOperation
 from commlayer.planner import Plan, native_cost, plan
+from commlayer.recorder import Operation, Recorder
 from commlayer.reduce_op import SUM, ReduceOp, as_reduce_op, meaningless
+from commlayer.watchdog import Watch, Watchdog
 from commlayer.work import Work, gather_works
 
 Runner = Callable[["Planned", str, tuple[Any, ...]], Work]
@@ -147,6 +150,7 @@ class Group:
         capabilities: CapabilitySet,
         policy: str = "silent",
         *,
+        dog: Watchdog | None = None,
         parent: Group | None = None,
     ) -> None:
         self.ranks = tuple(ranks)
@@ -166,6 +170,9 @@ class Group:
             return
         self.rank, self.backend, self.device, self.timeout = comm.rank, comm.name, comm.device, comm.timeout
         self.flat = Planned(comm, capabilities, policy)
+        dog = dog or Watchdog(Recorder(comm.rank, comm.size, comm.name, None))
+        label = dog.label(self.ranks) if comm.seat is None else comm.seat.label
+        self.watch = Watch(dog, comm, self.ranks, label, self._plan_of)
 
     @property
     def is_member(self) -> bool:
@@ -229,17 +236,30 @@ class Group:
         world_ranks = [self.ranks[rank] for rank in members]
         if self.rank not in members:
             return Group(None, world_ranks, self._capabilities, parent=self)
+        dog = self.watch.dog
         if len(members) == 1:
             alone = CapabilitySet((EVERYTHING,))
-            return Group(Single(self.device, self.timeout), world_ranks, alone, self._policy)
-        child = Group(self._comm.subgroup(members), world_ranks, self._capabilities, self._policy)
+            return Group(Single(self.device, self.timeout), world_ranks, alone, self._policy, dog=dog)
+        seat = None
+        if self._comm.seat is not None:
+            control, generation = self._comm.seat.control, self._comm.seat.generation
+            seat = Seat(control, generation, dog.label(world_ranks), world_ranks)
+            # Making a communicator blocks, on MPI without a deadline: so not before everybody is there.
+            seat.meet("made", b"", self.timeout)
+        comm = self._comm.subgroup(members)
+        comm.seat = seat
+        child = Group(comm, world_ranks, self._capabilities, self._policy, dog=dog)
         self._children.append(child)
         return child
 
     def new_group(self, ranks: Sequence[int]) -> Group:
         """The group of these (group-local) ranks, in this order; called by every rank of this group."""
         self._check_member()
-        return self._child(_checked_ranks(ranks, self.size))
+        members = _checked_ranks(ranks, self.size)
+        op = self.watch.begin("new_group", sizes=list(members))
+        child = self.watch.run(op, lambda: self._child(members))
+        op.finished()
+        return child
 
     def split(self, color: int | None, key: int = 0) -> Group | None:
         """One group per ``color``, ordered by ``key``, then rank (MPI 4.1, MPI_Comm_split); None joins none.
@@ -252,21 +272,34 @@ class Group:
         if not isinstance(key, int):
             raise TypeError(f"key: expected an int, got {key!r}")
         assert self._comm is not None
-        places = [json.loads(text) for text in self._comm.share(json.dumps([color, key]).encode())]
-        if color is None:
-            return None
-        members = [rank for rank, (other, _) in enumerate(places) if other == color]
-        members.sort(key=lambda rank: (places[rank][1], rank))
-        return self._child(tuple(members))
+        comm = self._comm
+
+        def start() -> Group | None:
+            places = [json.loads(text) for text in comm.share(json.dumps([color, key]).encode())]
+            if color is None:
+                return None
+            members = [rank for rank, (other, _) in enumerate(places) if other == color]
+            members.sort(key=lambda rank: (places[rank][1], rank))
+            return self._child(tuple(members))
+
+        op = self.watch.begin("split")
+        child = self.watch.run(op, start)
+        op.finished()
+        return child
 
     def _check_member(self) -> None:
         if self.rank < 0:
             raise ValueError(f"group: this process is not a member of the group of ranks {list(self.ranks)}")
 
-    def abort(self, reason: BaseException) -> None:
-        """Tell peers that this rank cannot go on, where the backend can."""
-        if self._comm is not None:
-            self._comm.abort(reason)
+    def _plan_of(self, op: Operation) -> str:
+        """How an operation was done, for records of it."""
+        name = {"sendrecv": "send"}.get(op.name, op.name)
+        if name not in OPS or op.dtype is None:
+            return ""
+        layout = "uneven" if op.sizes is not None and name in SPLITTABLE else "even"
+        request = Request(name, op.reduce.name if op.reduce else None, op.dtype, self.device.type, layout)
+        found = plan(self._capabilities, self.size, request) if self.size > 1 else None
+        return found.fallback.name if found is not None and found.fallback is not None else "native"
 
     def close(self) -> None:
         """Release the communicators of this group and of the groups made from it."""
@@ -275,6 +308,7 @@ class Group:
         self._children.clear()
         if self._comm is not None and not self._closed:
             self._closed = True
+            self.watch.close()
             self._comm.close()
 
 

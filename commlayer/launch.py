@@ -6,6 +6,7 @@ torchrun, Hydra, Open MPI, Slurm, PALS, Cray PMI, jsrun, Flux and PMIx.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import zlib
 from collections.abc import Mapping
@@ -128,6 +129,7 @@ LAUNCHERS = (*_ROWS, "none")
 
 # The line to take. LSF's first is the batch host or, where there is none, one slot more of the first host.
 _NODE_FILES = {"PBS_NODEFILE": 0, "LSB_DJOB_RANKFILE": 1}
+_NODE_FILE_SIZE = 1 << 16  # characters that are read: enough for the first lines
 _PORTS = range(20000, 32768)  # above, Linux hands them out to any outgoing connection
 _MASKS = {
     "cuda": "CUDA_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES HIP_VISIBLE_DEVICES",
@@ -219,7 +221,7 @@ def _check_agreement(name: str, found: _Found, other: str, filling: _Found, env:
 
 def _int(variable: str, env: Mapping[str, str], below: int | None = None) -> int:
     value = env[variable].strip()
-    if not (value.isascii() and value.isdigit()):
+    if not (value.isascii() and value.isdigit() and len(value) < 19):
         raise LaunchError(f"{variable}={value!r} is not a number from 0 up")
     if below is not None and int(value) >= below:
         raise LaunchError(f"{variable}={value} is out of range: it must be below {below}")
@@ -259,8 +261,8 @@ def _master_addr(found: _Found, env: Mapping[str, str]) -> str | None:
         return expand(env[hosts])[0]
     try:
         with open(env[hosts]) as file:
-            return file.read().split()[_NODE_FILES[hosts]]
-    except (OSError, UnicodeDecodeError, IndexError) as error:
+            return file.read(_NODE_FILE_SIZE).split()[_NODE_FILES[hosts]]
+    except (OSError, ValueError, IndexError) as error:
         raise LaunchError(
             f"{hosts}={env[hosts]}: no host can be read from this file ({error}); set MASTER_ADDR to the host of rank 0"
         ) from error
@@ -273,6 +275,10 @@ def _master_port(found: _Found, env: Mapping[str, str]) -> int | None:
         return None
     job = ".".join(env[found[part]] for part in ("job", "step") if part in found)
     return _PORTS[zlib.crc32(os.fsencode(job)) % len(_PORTS)]
+
+
+def mpi_importable() -> bool:
+    return importlib.util.find_spec("mpi4py") is not None
 
 
 def bind_device(launch: Launch, device_type: str, device_count: int, env: Mapping[str, str] = os.environ) -> int | None:

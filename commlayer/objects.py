@@ -22,42 +22,48 @@ def _unpacked(data: torch.Tensor) -> Any:
     return pickle.loads(data.cpu().numpy().tobytes())
 
 
-def _lengths(data: torch.Tensor, group: Group) -> list[int]:
+def _lengths(data: torch.Tensor, group: Group, timeout: float | None) -> list[int]:
     length = torch.tensor([data.numel()], dtype=torch.int64, device=group.device)
-    return F.all_gather(length, group=group).tolist()
+    return F.all_gather(length, group=group, timeout=timeout).tolist()
 
 
-def all_gather_object(value: Any, *, group: Group | None = None) -> list[Any]:
+def all_gather_object(value: Any, *, group: Group | None = None, timeout: float | None = None) -> list[Any]:
     """Every rank's picklable value, in rank order, on every rank."""
     g = resolve(group)
     data = _packed(value, g)
-    lengths = _lengths(data, g)
-    return [_unpacked(part) for part in F.all_gather(data, sizes=lengths, group=g).split(lengths)]
+    lengths = _lengths(data, g, timeout)
+    return [_unpacked(part) for part in F.all_gather(data, sizes=lengths, group=g, timeout=timeout).split(lengths)]
 
 
-def gather_object(value: Any, *, dst: int = 0, group: Group | None = None) -> list[Any] | None:
+def gather_object(
+    value: Any, *, dst: int = 0, group: Group | None = None, timeout: float | None = None
+) -> list[Any] | None:
     """Every rank's picklable value, in rank order, on rank ``dst``; None elsewhere."""
     g = resolve(group)
     dst = check_rank(dst, g, "dst")
     data = _packed(value, g)
-    lengths = _lengths(data, g)
-    everything = F.gather(data, sizes=lengths, dst=dst, group=g)
+    lengths = _lengths(data, g, timeout)
+    everything = F.gather(data, sizes=lengths, dst=dst, group=g, timeout=timeout)
     return None if everything is None else [_unpacked(part) for part in everything.split(lengths)]
 
 
-def broadcast_object(value: Any = None, *, src: int = 0, group: Group | None = None) -> Any:
+def broadcast_object(
+    value: Any = None, *, src: int = 0, group: Group | None = None, timeout: float | None = None
+) -> Any:
     """The picklable value of rank ``src``, on every rank."""
     g = resolve(group)
     src = check_rank(src, g, "src")
     at_root = g.rank == src
     data = _packed(value, g) if at_root else torch.empty(0, dtype=torch.uint8, device=g.device)
     length = torch.tensor([data.numel()], dtype=torch.int64, device=g.device)
-    total = int(F.broadcast(length, src=src, group=g).item())
-    data = F.broadcast(data if at_root else data.new_empty(total), src=src, group=g)
+    total = int(F.broadcast(length, src=src, group=g, timeout=timeout).item())
+    data = F.broadcast(data if at_root else data.new_empty(total), src=src, group=g, timeout=timeout)
     return value if at_root else _unpacked(data)
 
 
-def scatter_object(values: Sequence[Any] | None = None, *, src: int = 0, group: Group | None = None) -> Any:
+def scatter_object(
+    values: Sequence[Any] | None = None, *, src: int = 0, group: Group | None = None, timeout: float | None = None
+) -> Any:
     """Element r of the list on rank ``src``, on rank r; ``values`` counts on ``src`` alone."""
     g = resolve(group)
     src = check_rank(src, g, "src")
@@ -70,6 +76,6 @@ def scatter_object(values: Sequence[Any] | None = None, *, src: int = 0, group: 
             raise ValueError(f"values: expected one per rank, {g.size}, got {len(values)}")
         parts = [_packed(value, g) for value in values]
         lengths = torch.tensor([part.numel() for part in parts], dtype=torch.int64, device=g.device)
-    sizes = F.broadcast(lengths, src=src, group=g).tolist()
+    sizes = F.broadcast(lengths, src=src, group=g, timeout=timeout).tolist()
     data = torch.cat(parts) if parts else torch.empty(sum(sizes), dtype=torch.uint8, device=g.device)
-    return _unpacked(F.scatter(data, src=src, sizes=sizes, group=g))
+    return _unpacked(F.scatter(data, src=src, sizes=sizes, group=g, timeout=timeout))

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from commlayer.checks import check_out, check_rank, check_tag, check_tensor
-from commlayer.differentiable import Started, Tensor, finished, launch, shaped
+from commlayer.checks import check_out, check_rank, check_tag, check_tensor, check_timeout
+from commlayer.differentiable import Started, Tensor, check_gradient, finished, launch, shaped
 from commlayer.errors import UnsupportedOperation
 from commlayer.group import Group
 from commlayer.layout import destination, flat
@@ -15,7 +15,15 @@ from commlayer.runtime import resolve
 from commlayer.work import Work
 
 
-def send(x: Tensor, dst: int, tag: int = 0, *, group: Group | None = None, async_op: bool = False) -> Work | None:
+def send(
+    x: Tensor,
+    dst: int,
+    tag: int = 0,
+    *,
+    group: Group | None = None,
+    async_op: bool = False,
+    timeout: float | None = None,
+) -> Work | None:
     """Send ``x`` to rank ``dst``, which receives the same shape and dtype with the same tag.
 
     Not differentiable (UnsupportedOperation where ``x`` requires grad): use sendrecv. (MPI_Send.)
@@ -26,14 +34,23 @@ def send(x: Tensor, dst: int, tag: int = 0, *, group: Group | None = None, async
     tag = check_tag(tag)
     if x.requires_grad and torch.is_grad_enabled():
         raise UnsupportedOperation("send has no gradient, and x requires one; use sendrecv, or send x.detach()")
-    work = g.flat.send(flat(x), dst, tag) if x.numel() else Work()
+    call = g.watch.begin("send", x, peer=dst, timeout=check_timeout(timeout))
+    call.work = g.watch.run(call, lambda: g.flat.send(flat(x), dst, tag)) if x.numel() else Work()
     if async_op:
-        return work
-    work.wait()
+        return call
+    call.wait()
     return None
 
 
-def recv(x: Tensor, src: int, tag: int = 0, *, group: Group | None = None, async_op: bool = False) -> Any:
+def recv(
+    x: Tensor,
+    src: int,
+    tag: int = 0,
+    *,
+    group: Group | None = None,
+    async_op: bool = False,
+    timeout: float | None = None,
+) -> Any:
     """Receive into ``x`` what rank ``src`` sends, and return it.
 
     A tensor on the meta device is taken as a description only: the result is then a new one like it. (MPI_Recv.)
@@ -46,11 +63,10 @@ def recv(x: Tensor, src: int, tag: int = 0, *, group: Group | None = None, async
     src = check_rank(src, g, "src")
     tag = check_tag(tag)
     result, buffer, finish = destination(x.shape, x.new_empty(0), x)
-    _, work = finished(result, g.flat.recv(buffer, src, tag) if x.numel() else Work(), finish)
-    if async_op:
-        return work.then(lambda: result)
-    work.wait()
-    return result
+    call = g.watch.begin("recv", x, peer=src, timeout=check_timeout(timeout))
+    work = g.watch.run(call, lambda: g.flat.recv(buffer, src, tag)) if x.numel() else Work()
+    call.result, call.work = finished(result, work, finish)
+    return call if async_op else call.wait()
 
 
 def sendrecv(
@@ -63,6 +79,7 @@ def sendrecv(
     group: Group | None = None,
     out: Tensor | None = None,
     async_op: bool = False,
+    timeout: float | None = None,
 ) -> Any:
     """Send ``x`` to ``dst`` while receiving from ``src``, without deadlock; the result is what arrived.
 
@@ -91,4 +108,6 @@ def sendrecv(
     def adjoint(grad: Tensor) -> Tensor:
         return sendrecv(grad, dst=src, src=dst, like=shaped(x.shape, grad), tag=tag, group=g)
 
-    return launch("sendrecv", x, out, async_op, start, adjoint)
+    check_gradient("sendrecv", x, out)
+    call = g.watch.begin("sendrecv", x, peer=src, timeout=check_timeout(timeout))
+    return launch(call, x, out, async_op, start, adjoint)

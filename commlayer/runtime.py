@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
 
-from commlayer import bootstrap
-from commlayer.backends import threads, torch_native
+from commlayer import bootstrap, rendezvous
+from commlayer.backends import threads
 from commlayer.backends.base import Communicator
+from commlayer.control import Client
+from commlayer.control.local import Board, Local
+from commlayer.control.seat import Seat
 from commlayer.errors import CommError, PeerLost, UnsupportedOperation
 from commlayer.group import Group
 from commlayer.launch import Launch, discover
+from commlayer.recorder import Recorder
 from commlayer.settings import DEFAULT_TIMEOUT, Settings, checked_timeout
+from commlayer.signals import dump_on_signal
+from commlayer.trace import TraceFile
+from commlayer.watchdog import Watchdog, said
+
+LINGER = 5.0  # seconds that the end of a rank waits for the others
 
 _world: Group | None = None
 _launch: Launch | None = None
+_control: Client | None = None
 _generation = 0  # how often init has connected
 _started_torch = False  # by us, so it ends with us
 _thread = threading.local()  # .world, in a thread of run_local
@@ -35,7 +47,7 @@ def init(backend: str | None = None, *, timeout: float | None = None) -> Group:
 
     Raises LaunchError, BackendUnavailable, CommTimeout; ValueError for settings, or a second, different backend.
     """
-    global _world, _launch, _generation
+    global _world, _launch, _generation, _control
     if timeout is not None:
         timeout = checked_timeout(timeout)
     if backend is not None and not isinstance(backend, str):
@@ -54,41 +66,54 @@ def init(backend: str | None = None, *, timeout: float | None = None) -> Group:
     _generation += 1
     comm: Communicator
     if dist.is_initialized() and wanted in ("auto", dist.get_backend()):
-        comm = torch_native.wrap_default_group(limit, _generation)
-        _launch = Launch("host program", comm.rank, comm.size, None, None, None, None, {})
+        comm, _control, _launch = bootstrap.wrap(limit, _generation)
     else:
         _launch = discover()
         chosen = bootstrap.choose(_launch) if wanted == "auto" else wanted
-        comm = bootstrap.connect(chosen, _launch, limit or DEFAULT_TIMEOUT, _generation)
-    if comm.name == "mpi" and comm.size > 1:
-        _abort_when_uncaught(comm)
-    _world = Group(comm, range(comm.size), bootstrap.capabilities(comm, settings), settings.fallback)
-    atexit.register(_leave)
+        comm, _control = bootstrap.connect(chosen, _launch, limit or DEFAULT_TIMEOUT, _generation)
+    _world = _make_world(comm, _control, settings)
+    _at_the_end()
     return _world
 
 
-def finalize() -> None:
-    """Leave the job: release every group. Afterwards init may be called again.
+def _make_world(comm: Communicator, control: Client | Local | None, settings: Settings, generation: int = 0) -> Group:
+    """The group of all ranks, watched over by the control channel."""
+    generation = generation or _generation
+    recorder = Recorder(comm.rank, comm.size, comm.name, settings.trace)
+    trace = None
+    if settings.trace is not None:
+        offset = control.clock_offset() if control is not None else 0
+        host = os.uname().nodename
+        trace = TraceFile(settings.trace, comm.rank, comm.size, host=host, backend=comm.name, clock_offset_ns=offset)
+    dog = Watchdog(
+        recorder,
+        control,
+        generation,
+        rank=comm.rank,
+        debug=settings.debug,
+        check_nan=settings.check_nan,
+        trace=trace,
+    )
+    if control is not None:
+        ranks = range(comm.size)
+        comm.seat = Seat(control, generation, dog.label(ranks), ranks)
+        control.listen(dog.on_event)
+    capabilities = bootstrap.capabilities(comm, settings)
+    return Group(comm, range(comm.size), capabilities, settings.fallback, dog=dog)
 
-    Waits for no other rank, except that rank 0 of a gloo job serves the others up to 5 seconds longer.
-    """
+
+def finalize() -> None:
+    """Leave the job: release every group. Afterwards init may be called again. Waits for no other rank."""
     global _world, _launch, _started_torch
     if getattr(_thread, "world", None) is not None:
         raise CommError("finalize: the world of run_local ends with the function it runs")
     if _world is not None:
-        if _world._comm is not None:
-            bootstrap.leave(_world._comm)
+        _world.watch.dog.bye()
         _world.close()
     if _started_torch and dist.is_initialized():
         dist.destroy_process_group()
     _world = _launch = None
     _started_torch = False
-
-
-def _leave() -> None:
-    """At exit, while there is still an interpreter to close things in."""
-    if _world is not None:
-        finalize()
 
 
 def is_initialized() -> bool:
@@ -118,7 +143,7 @@ def start_torch_distributed() -> None:
     group = world()
     assert group._comm is not None
     assert _launch is not None
-    bootstrap.start_torch_distributed(group._comm, _launch, group.timeout, _generation)
+    bootstrap.start_torch_distributed(group._comm, _control, _launch, group.timeout, _generation)
     _started_torch = True
 
 
@@ -152,16 +177,19 @@ def run_local(
         raise ValueError(f"ranks: expected a positive int, got {ranks!r}")
     settings = Settings(profile=profile, disable=disable)
     seats = threads.new_world(ranks, checked_timeout(timeout))
+    board = Board(ranks)
     results: list[Any] = [None] * ranks
     errors: list[tuple[int, BaseException]] = []
 
     def run(seat: threads.Threads) -> None:
+        control = board.seats[seat.rank]
         try:
-            _thread.world = Group(seat, range(ranks), bootstrap.capabilities(seat, settings))
+            _thread.world = _make_world(seat, control if ranks > 1 else None, settings, generation=1)
             results[seat.rank] = fn()
+            _thread.world.watch.dog.bye()
         except BaseException as error:
             errors.append((seat.rank, error))
-            seat.abort(error)
+            control.tell({"event": "failed", "why": said(error)})
         finally:
             _thread.world = None
 
@@ -176,13 +204,35 @@ def run_local(
     return results
 
 
-def _abort_when_uncaught(comm: Communicator) -> None:
-    """Let an uncaught exception end the job: MPI_Finalize at exit would wait for peers that wait for us."""
+# The end of the process. A rank that ends with an error tells the others why; one whose groups are broken must not
+# end in MPI_Finalize, which would wait for ranks that wait for it.
+
+
+@cache
+def _at_the_end() -> None:
+    """Once in a process: what its end must not leave out."""
     previous = sys.excepthook
 
     def hook(kind: Any, error: Any, trace: Any) -> None:
         previous(kind, error, trace)
         sys.stderr.flush()
-        comm.abort(error)
+        if _world is not None and not issubclass(kind, KeyboardInterrupt):
+            _world.watch.dog.failed(error)
 
     sys.excepthook = hook
+    atexit.register(_leave)
+    dump_on_signal(lambda: None if _world is None else _world.watch.dog.report("SIGUSR1"))
+
+
+def _leave() -> None:
+    """At exit, while there is still an interpreter to close things in."""
+    dog = None if _world is None else _world.watch.dog
+    on_mpi = _world is not None and _world.backend == "mpi" and _world.size > 1
+    if _world is not None:
+        finalize()
+    if on_mpi:
+        assert dog is not None
+        from commlayer.backends import mpi
+
+        mpi.end(dog.broken, dog.everybody_gone, LINGER)
+    rendezvous.leave(LINGER)

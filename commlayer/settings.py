@@ -13,6 +13,10 @@ VARIABLES = {
     "COMMLAYER_FALLBACK": "silent (default), warn or error: what happens when an operation is emulated",
     "COMMLAYER_LAUNCHER": "which launcher's variables count when several disagree",
     "COMMLAYER_TIMEOUT": "seconds an operation may take before CommTimeout (default 600)",
+    "COMMLAYER_DEBUG": "1: before each operation ranks compare what they call, and differences are an error",
+    "COMMLAYER_CHECK_NAN": "1: sending a NaN or an infinity is an error that names the rank and the call",
+    "COMMLAYER_TRACE": "a folder for a trace of every operation, a file a rank (see commlayer trace)",
+    "COMMLAYER_SECRET": "what the ranks of the job, and nobody else, know; else a key in the user's files serves",
 }
 DEFAULT_TIMEOUT = 600.0  # seconds
 POLICIES = ("silent", "warn", "error")
@@ -25,15 +29,19 @@ class Settings:
     disable: str = ""
     fallback: str = "silent"
     timeout: float | None = None
+    debug: bool = False
+    check_nan: bool = False
+    trace: str | None = None
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
         """Read and check the variables; ValueError names the one that is wrong."""
         env = os.environ if env is None else env
-        fallback = env.get("COMMLAYER_FALLBACK", "silent").lower()
+        raw = env.get("COMMLAYER_FALLBACK", "")
+        fallback = raw.lower() or "silent"
         if fallback not in POLICIES:
-            raise ValueError(f"COMMLAYER_FALLBACK={fallback!r}: expected one of {', '.join(POLICIES)}")
-        raw = env.get("COMMLAYER_TIMEOUT")
+            raise ValueError(f"COMMLAYER_FALLBACK={raw!r}: expected one of {', '.join(POLICIES)}")
+        raw = env.get("COMMLAYER_TIMEOUT", "")
         timeout = None
         if raw:
             try:
@@ -47,7 +55,18 @@ class Settings:
             disable=env.get("COMMLAYER_DISABLE", ""),
             fallback=fallback,
             timeout=timeout,
+            debug=_switch("COMMLAYER_DEBUG", env),
+            check_nan=_switch("COMMLAYER_CHECK_NAN", env),
+            trace=env.get("COMMLAYER_TRACE") or None,
         )
+
+
+def _switch(name: str, env: Mapping[str, str]) -> bool:
+    raw = env.get(name, "")
+    value = raw.lower()
+    if value not in ("", "0", "1", "false", "true", "off", "on"):
+        raise ValueError(f"{name}={raw!r}: expected 0 or 1")
+    return value in ("1", "true", "on")
 
 
 def checked_timeout(timeout: float, name: str = "timeout") -> float:

@@ -10,12 +10,14 @@ calls is native or emulated in turn.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
+from commlayer.control.seat import Seat
 from commlayer.errors import CommError
 from commlayer.reduce_op import ReduceOp
 from commlayer.work import Work
@@ -83,22 +85,31 @@ class Communicator(ABC, Collectives):
     rank: int
     size: int
     timeout: float
+    deadline: float | None = None  # of the operation in progress, by time.monotonic()
+    failure: CommError | None = None  # why nothing more can happen here
+    seat: Seat | None = None  # at the control channel; None for one rank alone
 
     @abstractmethod
     def subgroup(self, ranks: Sequence[int]) -> Communicator:
         """A communicator of these group-local ranks, in this order; called by its members only."""
 
-    @abstractmethod
     def share(self, value: bytes) -> list[bytes]:
         """Every rank's value, through the control channel."""
+        return [value] if self.seat is None else self.seat.share(value, self.timeout)
+
+    def limit(self, timeout: float | None) -> float:
+        """Seconds that a wait may take from now."""
+        if timeout is not None:
+            return timeout
+        return self.timeout if self.deadline is None else max(self.deadline - time.monotonic(), 1e-3)
+
+    def fail(self, error: CommError) -> None:
+        """Give up, from any thread: whoever waits here is woken with an error. Does not block."""
+        self.failure = error
 
     def version(self) -> str:
         """What exactly this is, for people and for caches."""
         return ""
-
-    def abort(self, reason: BaseException) -> None:
-        """Tell peers that this rank cannot go on, where the transport can. Does not block."""
-        return None
 
     def close(self) -> None:
         """Release what this communicator holds. Does not wait for other ranks without limit."""

@@ -7,6 +7,7 @@ ranks (MPI 4.1, section 6.12), and only a request that is tested can have a dead
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -90,7 +91,7 @@ class Pending(Work):
         if not self._finished:
             try:
                 if not self._test():
-                    self._poll(self._comm.timeout if timeout is None else timeout)
+                    self._poll(self._comm.limit(timeout))
             except MPI.Exception as error:
                 raise translate(error, self._what) from error
             self._finish()
@@ -111,9 +112,10 @@ class Pending(Work):
                 return
         pause = _SHORTEST_SLEEP
         while not test():
-            if now() - start > timeout:
+            late = now() - start > timeout
+            if late or self._comm.failure is not None:
                 _abandoned.append(self)
-                raise CommTimeout(
+                raise self._comm.failure or CommTimeout(
                     f"{self._what} on rank {self._comm.rank} of {self._comm.size}: not finished after {timeout:g} s"
                 )
             time.sleep(pause)
@@ -163,7 +165,7 @@ class MpiCommunicator(Communicator):
 
     def __init__(self, comm: MPI.Intracomm, timeout: float, spin: float | None = None) -> None:
         self._comm: Any = comm
-        self._own: Any = comm.Dup()
+        self._own: Any = _duplicate(comm, timeout)
         self.rank = comm.rank
         self.size = comm.size
         self.timeout = timeout
@@ -248,18 +250,6 @@ class MpiCommunicator(Communicator):
     def barrier(self) -> Work:
         return Pending(self, self._comm.Ibarrier(), "barrier")
 
-    def share(self, value: bytes) -> list[bytes]:
-        mine = torch.frombuffer(bytearray(value or b"\0"), dtype=torch.uint8)
-        sizes = torch.empty(self.size, dtype=torch.int64, device="cpu")
-        sizes[self.rank] = len(value)
-        Pending(self, self._own.Iallgather(MPI.IN_PLACE, self._even(sizes)), "share", sizes).wait()
-        counts = [max(size, 1) for size in sizes.tolist()]
-        everything = torch.empty(sum(counts), dtype=torch.uint8, device="cpu")
-        request = self._own.Iallgatherv(_buffer(mine), _shares(everything, counts))
-        Pending(self, request, "share", mine, everything).wait()
-        rows = everything.split(counts)
-        return [row.numpy().tobytes()[:size] for row, size in zip(rows, sizes.tolist(), strict=True)]
-
     def subgroup(self, ranks: Sequence[int]) -> MpiCommunicator:
         group = self._comm.Get_group().Incl(list(ranks))
         try:
@@ -276,9 +266,6 @@ class MpiCommunicator(Communicator):
 
     def _channel(self, tag: int) -> tuple[Any, int]:
         return (self._comm, tag) if tag < INTERNAL_TAG else (self._own, tag - INTERNAL_TAG)
-
-    def abort(self, reason: BaseException) -> None:
-        self._comm.Abort(1)
 
     def close(self) -> None:
         comms, self._comm, self._own = (self._comm, self._own), Closed(), Closed()
@@ -304,12 +291,52 @@ def _spin(comm: MPI.Intracomm) -> float:
 
 def world(timeout: float) -> MpiCommunicator:
     """All ranks the MPI launcher started, on a communicator of the layer's own."""
-    return _translated(lambda: MpiCommunicator(MPI.COMM_WORLD.Dup(), timeout))
+    return _translated(lambda: MpiCommunicator(_duplicate(MPI.COMM_WORLD, timeout), timeout))
 
 
-def broadcast_object(value: Any, src: int = 0) -> Any:
-    """For bootstrapping other backends from an MPI launcher, before there is a communicator."""
-    return MPI.COMM_WORLD.bcast(value, src)
+def _duplicate(comm: MPI.Intracomm, timeout: float) -> MPI.Intracomm:
+    duplicate, request = comm.Idup()
+    _finish(request, timeout)
+    return duplicate
+
+
+def exchange(value: bytes, timeout: float) -> list[bytes]:
+    """Every process' bytes, before there is a communicator. Raises CommTimeout."""
+    world = MPI.COMM_WORLD
+    row = torch.frombuffer(bytearray(value or b"\0"), dtype=torch.uint8)
+    sizes = torch.empty(world.size, dtype=torch.int64, device="cpu")
+    sizes[world.rank] = len(value)
+    everyone = (_address(sizes.data_ptr(), sizes.nbytes), 1, MPI.INT64_T)
+    _finish(world.Iallgather(MPI.IN_PLACE, everyone), timeout, sizes)
+    counts = [max(size, 1) for size in sizes.tolist()]
+    rows = torch.empty(sum(counts), dtype=torch.uint8, device="cpu")
+    _finish(world.Iallgatherv(_buffer(row), _shares(rows, counts)), timeout, row, rows)
+    return [part.numpy().tobytes()[:size] for part, size in zip(rows.split(counts), sizes.tolist(), strict=True)]
+
+
+def _finish(request: Any, timeout: float, *tensors: torch.Tensor) -> None:
+    end = time.monotonic() + timeout
+    while not request.Test():
+        if time.monotonic() > end:
+            _abandoned.append((request, tensors))
+            raise CommTimeout(f"backend mpi: not every process has come to init within {timeout:g} s")
+        time.sleep(_LONGEST_SLEEP)
+
+
+def end(broken: bool, everybody_gone: Callable[[], bool], linger: float) -> None:
+    """Before MPI_Finalize, at the exit of a rank: wait until every other rank is here too, or lost.
+
+    In MPI_Finalize itself a rank would not learn that another has died. Where a group is broken the job is aborted
+    instead, as soon as the others have had ``linger`` seconds to say what they have to say.
+    """
+    ends = time.monotonic() + linger
+    while not everybody_gone() and not (broken and time.monotonic() > ends):
+        MPI.COMM_WORLD.Iprobe()  # lets messages of this rank that are still under way go on
+        time.sleep(0.005)
+    if broken:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
 
 
 def place() -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -20,12 +21,15 @@ DEVICE_OF = {"gloo": "cpu", "mpi": "cpu", "nccl": "cuda", "xccl": "xpu", "ccl": 
 Constructor = Callable[[Any, int, int, timedelta], Any]
 
 
-def constructor(name: str) -> Constructor:
-    """How to make a process group of this kind; BackendUnavailable where this torch cannot."""
+def constructor(name: str, address: str | None = None) -> Constructor:
+    """How to make a process group of this kind; BackendUnavailable where this torch cannot.
+
+    ``address`` is this host's, as the other ranks know it.
+    """
     if name == "gloo":
         if not dist.is_gloo_available():
             raise BackendUnavailable("backend gloo: this build of torch has none; use mpi")
-        return dist.ProcessGroupGloo
+        return lambda *place: _gloo(address, *place)
     if name == "nccl":
         if not (dist.is_nccl_available() and torch.cuda.is_available()):
             raise BackendUnavailable("backend nccl: needs a CUDA build of torch and a visible NVIDIA GPU")
@@ -35,6 +39,17 @@ def constructor(name: str) -> Constructor:
             raise BackendUnavailable("backend xccl: needs an XPU build of torch >= 2.7 and a visible Intel GPU")
         return lambda *place: _with_options(dist.ProcessGroupXCCL, *place)
     return _plugin(name)
+
+
+def _gloo(address: str | None, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    # gloo itself looks the hostname up, and takes the loopback where that fails: ranks of other hosts wait in vain.
+    if address is None or "GLOO_SOCKET_IFNAME" in os.environ:
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
+    kind: Any = dist.ProcessGroupGloo
+    options = kind._Options()
+    options._timeout = timeout
+    options._devices = [kind.create_device(hostname=address)]
+    return kind(store, rank, size, options)
 
 
 def _with_options(kind: Any, store: Any, rank: int, size: int, timeout: timedelta) -> Any:

@@ -91,8 +91,5 @@ class Single(Communicator):
     def barrier(self) -> Work:
         return Work()
 
-    def share(self, value: bytes) -> list[bytes]:
-        return [value]
-
     def subgroup(self, ranks: Sequence[int]) -> Single:
         return self

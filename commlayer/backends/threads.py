@@ -7,7 +7,6 @@ everybody's arguments, so nothing is copied twice and differing calls are notice
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 from commlayer.arithmetic import combine, premultiplied
 from commlayer.backends.base import Communicator, Counts, Message, pieces
-from commlayer.errors import CollectiveMismatch, CommTimeout, PeerLost
+from commlayer.errors import CollectiveMismatch, CommError, CommTimeout
 from commlayer.reduce_op import ReduceOp
 from commlayer.work import Work, gather_works
 
@@ -24,37 +23,11 @@ from commlayer.work import Work, gather_works
 Compute = Callable[[list[Any]], None]
 
 
-class World:
-    """What all threads of one ``run_local`` share: one lock, and whether a rank has failed."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.failure: tuple[int, BaseException] | None = None
-
-    def fail(self, rank: int, error: BaseException) -> None:
-        with self.changed:
-            if self.failure is None:
-                self.failure = (rank, error)
-            self.changed.notify_all()
-
-    def wait_for(self, ready: Callable[[], bool], timeout: float, what: str) -> None:
-        """Block until ``ready``; the caller holds the lock."""
-        end = time.monotonic() + timeout
-        while not ready():
-            if self.failure is not None:
-                rank, error = self.failure
-                raise PeerLost(f"{what}: rank {rank} raised {type(error).__name__}: {error}")
-            left = end - time.monotonic()
-            if left <= 0:
-                raise CommTimeout(f"{what}: not finished after {timeout:g} s")
-            self.changed.wait(left)
-
-
 class Room:
-    """Where the ranks of one group meet."""
+    """Where the ranks of one group meet. All rooms of one ``run_local`` share one lock."""
 
-    def __init__(self, world: World, ranks: tuple[int, ...]) -> None:
-        self.world = world
+    def __init__(self, changed: threading.Condition, ranks: tuple[int, ...]) -> None:
+        self.changed = changed
         self.ranks = ranks
         self.meetings: dict[int, Meeting] = {}
         # Letters are numbered per (src, dst, tag), so that they match receives in the order of posting.
@@ -75,11 +48,11 @@ class Meeting:
 
 
 class _Arrived(Work):
-    __slots__ = ("_meeting", "_timeout", "_world")
+    __slots__ = ("_comm", "_meeting")
 
-    def __init__(self, world: World, meeting: Meeting, timeout: float) -> None:
+    def __init__(self, comm: Threads, meeting: Meeting) -> None:
         super().__init__()
-        self._world, self._meeting, self._timeout = world, meeting, timeout
+        self._comm, self._meeting = comm, meeting
 
     def done(self) -> bool:
         return self._meeting.finished
@@ -87,33 +60,28 @@ class _Arrived(Work):
     def wait(self, timeout: float | None = None) -> Any:
         meeting = self._meeting
         if not meeting.finished:
-            timeout = self._timeout if timeout is None else timeout
-            with self._world.changed:
-                self._world.wait_for(lambda: meeting.finished, timeout, str(meeting.key[0]))
+            self._comm.wait_for(lambda: meeting.finished, timeout, str(meeting.key[0]))
         if meeting.error is not None:
             raise meeting.error
         return self.result
 
 
 class _Letter(Work):
-    __slots__ = ("_key", "_out", "_room", "_taken", "_timeout")
+    __slots__ = ("_comm", "_key", "_out", "_taken")
 
-    def __init__(self, room: Room, key: tuple[int, int, int, int], out: torch.Tensor, timeout: float) -> None:
+    def __init__(self, comm: Threads, key: tuple[int, int, int, int], out: torch.Tensor) -> None:
         super().__init__()
-        self._room, self._key, self._out, self._timeout, self._taken = room, key, out, timeout, False
+        self._comm, self._key, self._out, self._taken = comm, key, out, False
 
     def done(self) -> bool:
-        with self._room.world.changed:
-            return self._taken or self._key in self._room.mail
+        return self._taken or self._key in self._comm.room.mail
 
     def wait(self, timeout: float | None = None) -> Any:
         if self._taken:
             return None
-        mail, world = self._room.mail, self._room.world
-        with world.changed:
-            timeout = self._timeout if timeout is None else timeout
-            world.wait_for(lambda: self._key in mail, timeout, f"recv from rank {self._key[0]}")
-            letter = mail.pop(self._key)
+        mail = self._comm.room.mail
+        self._comm.wait_for(lambda: self._key in mail, timeout, f"recv from rank {self._key[0]}")
+        letter = mail.pop(self._key)
         # A letter that does not fit stays taken: the message is gone on every backend.
         if letter.dtype != self._out.dtype or letter.numel() != self._out.numel():
             raise CollectiveMismatch(
@@ -133,7 +101,7 @@ class Threads(Communicator):
     device = torch.device("cpu")
 
     def __init__(self, room: Room, rank: int, timeout: float) -> None:
-        self._room = room
+        self.room = room
         self.rank = rank
         self.size = len(room.ranks)
         self.timeout = timeout
@@ -142,14 +110,13 @@ class Threads(Communicator):
 
     def _meet(self, key: tuple[Any, ...], argument: Any, compute: Compute) -> Work:
         number, self._calls = self._calls, self._calls + 1
-        world = self._room.world
-        with world.changed:
-            meeting = self._room.meetings.setdefault(number, Meeting(key))
+        with self.room.changed:
+            meeting = self.room.meetings.setdefault(number, Meeting(key))
             meeting.arguments[self.rank] = argument
             if meeting.key != key and meeting.error is None:
                 meeting.error = CollectiveMismatch(f"rank {self.rank} called {key}, another rank called {meeting.key}")
             if len(meeting.arguments) == self.size:
-                del self._room.meetings[number]
+                del self.room.meetings[number]
                 if meeting.error is None:
                     try:
                         with torch.inference_mode():  # may write into other ranks' inference tensors
@@ -158,8 +125,8 @@ class Threads(Communicator):
                         meeting.error = CollectiveMismatch(f"{key[0]}: arguments do not fit together: {error}")
                 meeting.arguments.clear()
                 meeting.finished = True
-                world.changed.notify_all()
-        return _Arrived(world, meeting, self.timeout)
+                self.room.changed.notify_all()
+        return _Arrived(self, meeting)
 
     def all_reduce(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp) -> Work:
         def compute(ranks: list[Any]) -> None:
@@ -230,19 +197,19 @@ class Threads(Communicator):
         return self._meet(("scatter", out.dtype, _tuple(counts), src), (out, x), compute)
 
     def send(self, x: torch.Tensor, dst: int, tag: int) -> Work:
-        room, route = self._room, (self.rank, dst, tag)
-        with room.world.changed:
+        room, route = self.room, (self.rank, dst, tag)
+        with room.changed:
             room.mail[(*route, room.sent[route])] = x.clone()
             room.sent[route] += 1
-            room.world.changed.notify_all()
+            room.changed.notify_all()
         return Work()
 
     def recv(self, x: torch.Tensor, src: int, tag: int) -> Work:
-        room, route = self._room, (src, self.rank, tag)
-        with room.world.changed:
+        room, route = self.room, (src, self.rank, tag)
+        with room.changed:
             number = room.asked[route]
             room.asked[route] += 1
-        return _Letter(room, (*route, number), x, self.timeout)
+        return _Letter(self, (*route, number), x)
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], tag: int) -> Work:
         for x, dst in sends:
@@ -258,34 +225,33 @@ class Threads(Communicator):
     def barrier(self) -> Work:
         return self._meet(("barrier",), None, lambda ranks: None)
 
-    def share(self, value: bytes) -> list[bytes]:
-        result: list[bytes] = []
-
-        def compute(ranks: list[Any]) -> None:
-            everything = [mine for mine, _ in ranks]
-            for _, target in ranks:
-                target.extend(everything)
-
-        self._meet(("share",), (value, result), compute).wait()
-        return result
-
     def subgroup(self, ranks: Sequence[int]) -> Threads:
         # Members alone call this, so they meet in a child room, found under its ranks and a count of
         # how often each member has asked for just these.
-        members = tuple(self._room.ranks[rank] for rank in ranks)
-        with self._room.world.changed:
+        members = tuple(self.room.ranks[rank] for rank in ranks)
+        with self.room.changed:
             self._children[members] += 1
             key = (self._children[members], *members)
-            child = self._room.children.setdefault(key, Room(self._room.world, members))
+            child = self.room.children.setdefault(key, Room(self.room.changed, members))
         return Threads(child, list(ranks).index(self.rank), self.timeout)
 
-    def abort(self, reason: BaseException) -> None:
-        self._room.world.fail(self._room.ranks[self.rank], reason)
+    def wait_for(self, ready: Callable[[], bool], timeout: float | None, what: str) -> None:
+        limit = self.limit(timeout)
+        changed = self.room.changed
+        with changed:
+            changed.wait_for(lambda: self.failure is not None or ready(), limit)
+            if not ready():
+                raise self.failure or CommTimeout(f"{what}: not finished after {limit:g} s")
+
+    def fail(self, error: CommError) -> None:
+        with self.room.changed:
+            self.failure = error
+            self.room.changed.notify_all()
 
 
 def new_world(size: int, timeout: float) -> list[Threads]:
     """The seats of a fresh set of thread ranks."""
-    room = Room(World(), tuple(range(size)))
+    room = Room(threading.Condition(), tuple(range(size)))
     return [Threads(room, rank, timeout) for rank in range(size)]
 
 

@@ -6,6 +6,8 @@ the functions' checks and logging.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -37,8 +39,9 @@ OPERATIONS = {
 BATCHED = frozenset({"nccl", "xccl", "ccl"})
 
 
-# Seconds that an end waits for others: for messages never waited for, and for ranks that still need the store.
-LINGER = 5.0
+LINGER = 5.0  # seconds that an end waits for messages never waited for
+UNLIMITED = timedelta(days=1)  # for the process groups: deadlines are the layer's own
+POISON_TAG = (1 << 31) - 1
 
 
 class Native(Work):
@@ -57,10 +60,10 @@ class Native(Work):
         work = self._work
         if work is not None:
             try:
-                if timeout is None:
+                if timeout is None and self._comm.asynchronous:
                     work.wait()
                 else:
-                    work.wait(timedelta(seconds=timeout))
+                    work.wait(timedelta(seconds=self._comm.limit(timeout)))
             except RuntimeError as error:
                 raise self._comm.translated(error, self._what) from error
             self._work, self._tensors = None, ()
@@ -76,23 +79,33 @@ class TorchCommunicator(Communicator):
     """Ranks of a torch.distributed process group."""
 
     def __init__(
-        self, group: Any, name: str, device: torch.device, store: Any, timeout: float, owned: bool = True
+        self,
+        group: Any,
+        name: str,
+        device: torch.device,
+        store: Any,
+        timeout: float,
+        address: str | None = None,
+        owned: bool = True,
     ) -> None:
         self.group = group
+        self.address = address  # of this host, as the other ranks know it
         self.owned = owned
         self.name = name
         self.device = device
         self.rank = group.rank()
         self.size = group.size()
         self.timeout = timeout
+        # Accelerators' waits order streams and do not block, unless they are given a limit.
+        self.asynchronous = device.type != "cpu"
         self._store = store
-        self._timedelta = timedelta(seconds=timeout)
+        self._timedelta = UNLIMITED if name == "gloo" and owned else timedelta(seconds=timeout)
         self._posted: Counter[tuple[int, int, int]] = Counter()
         self._fetched: Counter[tuple[int, int, int]] = Counter()
-        self._shared = 0
         self._children: Counter[tuple[int, ...]] = Counter()
         self._reduce_options: dict[str, Any] = {}
         self._abandoned: list[Any] = []
+        self._ending = threading.Lock()  # nobody else holds the group while it is closed
         self._batched = name in BATCHED and getattr(group, "supports_coalescing", True)
         self._alone = Single(device, timeout)  # for messages to oneself, which gloo refuses
 
@@ -101,8 +114,8 @@ class TorchCommunicator(Communicator):
             return ".".join(map(str, torch.cuda.nccl.version()))
         return f"torch {torch.__version__}"
 
-    def translated(self, error: RuntimeError, what: str) -> Exception:
-        return translate(error, f"{what} on rank {self.rank} of {self.size}")
+    def translated(self, error: RuntimeError, what: str) -> CommError:
+        return self.failure or translate(error, f"{what} on rank {self.rank} of {self.size}")
 
     def _start(self, what: str, call: Callable[..., Any], *arguments: Any, keep: Any = ()) -> Work:
         try:
@@ -238,34 +251,24 @@ class TorchCommunicator(Communicator):
             options.device = self.device
         return self._start("barrier", self.group.barrier, options)
 
-    def share(self, value: bytes) -> list[bytes]:
-        prefix, self._shared = f"share/{self._shared}", self._shared + 1
-        # A leading byte, since some stores have no empty values.
-        self._store.set(f"{prefix}/{self.rank}", b"=" + value)
-        keys = [f"{prefix}/{rank}" for rank in range(self.size)]
-        return [self._receive(key)[1:] for key in keys]
-
-    def _receive(self, key: str, timeout: float | None = None) -> bytes:
-        limit = self._timedelta if timeout is None else timedelta(seconds=timeout)
-        try:
-            self._store.wait([key], limit)
-            return self._store.get(key)
-        except RuntimeError as error:  # DistStoreError, and older torch's plain RuntimeError
-            raise self.translated(error, f"waiting for {key}") from error
+    def fail(self, error: CommError) -> None:
+        """Wake who waits: by the group's own abort, or by what ends all connections of a gloo group."""
+        self.failure = error
+        with self._ending, suppress(RuntimeError, CommError):
+            if self.name != "gloo":
+                self.group.abort()
+            elif self.size > 1:
+                # A message that times out closes every pair, and each pending operation ends with an error.
+                nothing = torch.empty(1, dtype=torch.uint8)
+                self.group.recv([nothing], (self.rank + 1) % self.size, POISON_TAG).wait(timedelta(milliseconds=1))
 
     def subgroup(self, ranks: Sequence[int]) -> TorchCommunicator:
         members = tuple(ranks)
         self._children[members] += 1
         name = f"group/{'-'.join(map(str, members))}/{self._children[members]}"
         store = dist.PrefixStore(name, self._store)
-        return create(self.name, store, members.index(self.rank), len(members), self.device, self.timeout)
-
-    def farewell(self) -> None:
-        """Rank 0, which serves the store, gives the others ``LINGER`` seconds to be done with it."""
-        with suppress(RuntimeError):
-            self._store.set(f"bye/{self.rank}", b"bye")
-            if self.rank == 0:
-                self._store.wait([f"bye/{rank}" for rank in range(self.size)], timedelta(seconds=LINGER))
+        place = members.index(self.rank), len(members)
+        return create(self.name, store, *place, self.device, self.timeout, self.address)
 
     def close(self) -> None:
         """Join the process group's worker threads, by dropping the last reference to it.
@@ -277,12 +280,13 @@ class TorchCommunicator(Communicator):
             with suppress(RuntimeError):  # a peer that never took it, or has left
                 work.wait(timedelta(seconds=min(self.timeout, LINGER)))
         self._abandoned.clear()
-        group, self.group = self.group, Closed()
+        with self._ending:
+            group, self.group = self.group, Closed()
         if self.owned and self.name != "gloo" and hasattr(group, "shutdown"):
             group.shutdown()
 
 
-def translate(error: RuntimeError, where: str) -> Exception:
+def translate(error: RuntimeError, where: str) -> CommError:
     """The error of the layer's own tree that says the same as torch's."""
     text = str(error)
     if "imed out" in text or "imeout" in text:
@@ -322,7 +326,14 @@ class _Letter(Work):
 
     def wait(self, timeout: float | None = None) -> Any:
         if self._x is not None:
-            data = self._comm._receive(self._key, timeout)
+            end = time.monotonic() + self._comm.limit(timeout)
+            pause = 1e-4
+            while not self.done():
+                if self._comm.failure is not None or time.monotonic() > end:
+                    raise self._comm.failure or CommTimeout(f"waiting for {self._key}: not finished in time")
+                time.sleep(pause)
+                pause = min(pause * 1.5, 0.02)
+            data = self._comm._store.get(self._key)
             self._comm._store.delete_key(self._key)
             with torch.no_grad():
                 self._x.view(torch.uint8).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
@@ -330,20 +341,24 @@ class _Letter(Work):
         return self.result
 
 
-def create(name: str, store: Any, rank: int, size: int, device: torch.device, timeout: float) -> TorchCommunicator:
-    """A communicator on a fresh process group.
+def create(
+    name: str, store: Any, rank: int, size: int, device: torch.device, timeout: float, address: str | None = None
+) -> TorchCommunicator:
+    """A communicator on a fresh process group; ``address`` is this host's, as the other ranks know it.
 
     Raises BackendUnavailable where this torch does not have the backend, CommError where the ranks do not meet.
     """
-    make = constructor(name)
+    make = constructor(name, address)
     try:
         group = make(dist.PrefixStore("torch", store), rank, size, timedelta(seconds=timeout))
+        if name == "gloo":
+            group._set_default_timeout(UNLIMITED)  # the other one was for meeting
         if name in BATCHED and hasattr(group, "eager_connect_single_device"):
             # A batch of messages must not be the first call of a group that some of its ranks take no part in.
             group.eager_connect_single_device(device)
     except RuntimeError as error:
         raise translate(error, f"connecting rank {rank} of {size} by {name}") from error
-    return TorchCommunicator(group, name, device, store, timeout)
+    return TorchCommunicator(group, name, device, store, timeout, address)
 
 
 def wrap_default_group(timeout: float | None, generation: int) -> TorchCommunicator:
@@ -357,6 +372,11 @@ def wrap_default_group(timeout: float | None, generation: int) -> TorchCommunica
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, getattr(torch, kind).current_device())
     world = dist.group.WORLD
     assert world is not None
-    store = dist.PrefixStore(f"commlayer/{generation}", c10d._get_default_store())
+    store = dist.PrefixStore(f"commlayer/{generation}", host_store())
     seconds = timeout if timeout is not None else dist.default_pg_timeout.total_seconds()
     return TorchCommunicator(world._get_backend(torch.device(kind)), name, device, store, seconds, owned=False)
+
+
+def host_store() -> Any:
+    """The store of a program that has initialised torch.distributed itself."""
+    return c10d._get_default_store()

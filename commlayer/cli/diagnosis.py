@@ -18,7 +18,7 @@ from commlayer.backends.torch_native import DEVICE_OF
 from commlayer.capability import parse_disabled
 from commlayer.cli.backends import BACKENDS, Health, capability_set, examine
 from commlayer.errors import CommError, LaunchError
-from commlayer.launch import LAUNCHERS, Launch, discover
+from commlayer.launch import LAUNCHERS, Launch, discover, mpi_importable
 from commlayer.settings import VARIABLES, Settings
 
 _FIELDS = ("rank", "size", "local_rank", "local_size", "master_addr", "master_port", "mpi")
@@ -150,7 +150,7 @@ def _unconnected(backend: str, launch: Launch) -> list[str]:
     """Whether ranks can find each other, by the ways that bootstrap knows."""
     if backend in ("mpi", "single", "threads") or launch.size == 1:
         return []
-    by_mpi = launch.mpi and bootstrap.mpi_importable()
+    by_mpi = launch.mpi and mpi_importable()
     if launch.launcher == "torchrun":
         known = {"master_addr", "master_port"} <= launch.variables.keys()
     else:

@@ -1,0 +1,318 @@
+"""A rank's end of the control channel."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from commlayer.control import wire
+from commlayer.control.hub import Hub
+from commlayer.errors import CollectiveMismatch, CommError, CommTimeout, LaunchError, PeerLost
+
+Event = dict[str, Any]
+_RETRY = 0.05  # seconds between attempts to connect
+_GRACE = 1.0  # seconds that the hub may take to answer what it has at hand
+
+
+class _Slot:
+    """Where a request waits for its answer."""
+
+    def __init__(self) -> None:
+        self.ready = threading.Event()
+        self.header: Event = {}
+        self.body = b""
+
+
+class Client:
+    """Connected to the hub as ``rank``. On rank 0 it keeps the hub as well.
+
+    What the hub tells unasked (``lost``, ``left``, ``where``, and what other ranks ``tell``) goes to who listens.
+    """
+
+    def __init__(
+        self, address: str, port: int, secret: bytes, rank: int, timeout: float, hub: Hub | None = None
+    ) -> None:
+        self.rank = rank
+        self.hub = hub
+        self.gone = ""  # why there is no connection any more
+        self._on_event: Callable[[Event], None] | None = None
+        self._events: list[Event] = []  # before somebody listened
+        self._numbers = itertools.count()
+        self._slots: dict[int, _Slot] = {}
+        self._sending = threading.Lock()
+        self._sock, self._buffer = _introduced(address, port, secret, rank, timeout)
+        self.address: str = self._sock.getsockname()[0]
+        self._reader = threading.Thread(target=self._read, name="commlayer-control", daemon=True)
+        self._reader.start()
+        _alive.add(self)
+
+    def listen(self, on_event: Callable[[Event], None]) -> None:
+        """Call this with every event, also with what came before, in the channel's own thread.
+
+        It must not ask the hub anything, since the same thread would bring the answer.
+        """
+        with self._sending:
+            self._on_event = on_event
+            earlier, self._events = self._events, []
+        for event in earlier:
+            on_event(event)
+
+    # Requests
+
+    def set(self, key: str, value: bytes) -> None:
+        self._send({"do": "set", "key": key}, value)
+
+    def get(self, keys: Sequence[str], timeout: float) -> list[bytes]:
+        """The values of these keys, once all are there. Raises CommTimeout."""
+        header, body = self._ask({"do": "get", "keys": list(keys)}, timeout=timeout, what=f"waiting for {keys[0]}")
+        return _split(body, header["sizes"])
+
+    def add(self, key: str, by: int) -> int:
+        return self._ask({"do": "add", "key": key, "by": by})[0]["total"]
+
+    def swap(self, key: str, expected: bytes, wanted: bytes) -> bytes:
+        """Set the key to ``wanted`` if it holds ``expected`` (or nothing, for b""); its value afterwards."""
+        return self._ask({"do": "swap", "key": key, "split": len(expected)}, expected + wanted)[1]
+
+    def delete(self, key: str) -> bool:
+        return self._ask({"do": "delete", "key": key})[0]["found"]
+
+    def check(self, keys: Sequence[str]) -> bool:
+        return self._ask({"do": "check", "keys": list(keys)})[0]["found"]
+
+    def meet(self, key: str, ranks: Sequence[int], payload: bytes, timeout: float) -> list[bytes]:
+        """Everybody's payload, once all these ranks (world ranks) have come with the same key.
+
+        Raises CommTimeout naming who has not come, PeerLost for who will not, CollectiveMismatch where ranks came to
+        different meetings in different orders, so that none can happen.
+        """
+        number, slot = self._slot()
+        self._send({"do": "meet", "id": number, "key": key, "ranks": list(ranks)}, payload)
+        if not slot.ready.wait(timeout):
+            self._send({"do": "give_up", "key": key})
+            if not slot.ready.wait(_GRACE):
+                raise CommTimeout(f"{key}: not finished after {timeout:g} s, and the control channel does not answer")
+        header, body = self._taken(number, slot)
+        if "missing" in header:
+            raise CommTimeout(f"{key}: not finished after {timeout:g} s; {named(header['missing'])} never came")
+        if "lost" in header:
+            raise PeerLost(f"{key}: rank {header['lost']} is lost: {header['why']}")
+        if "knot" in header:
+            calls = "".join(f"\n  rank {rank}: {text}" for rank, text in sorted(header["knot"].items(), key=_by_rank))
+            raise CollectiveMismatch(f"ranks wait for each other in different operations:{calls}")
+        return _split(body, header["sizes"])
+
+    def where(self, group: str, ranks: Sequence[int], within: float) -> dict[int, Any]:
+        """What these ranks say of their place in a group; who does not answer in time is not in it."""
+        request = {"do": "where", "group": group, "ranks": list(ranks), "within": within}
+        try:
+            answers = self._ask(request, timeout=within + _GRACE)[0]["answers"]
+        except CommError:  # the hub itself is gone or stuck
+            return {}
+        return {int(rank): at for rank, at in answers.items()}
+
+    def tell(self, event: Event) -> None:
+        """Send an event to every other rank."""
+        self._send({"do": "tell", "event": event})
+
+    def here(self, token: int, at: Any) -> None:
+        """Answer a ``where``."""
+        self._send({"do": "here", "token": token, "at": at})
+
+    def bye(self, generation: int, ends: dict[str, int]) -> None:
+        """This rank takes part in nothing more; ``ends`` says in how much it did, by group."""
+        self._send({"do": "bye", "generation": generation, "ends": ends})
+
+    def clock_offset(self) -> int:
+        """Nanoseconds to add to this host's clock to have that of rank 0 (Cristian's algorithm, the best of five)."""
+        if self.hub is not None:
+            return 0
+        best: tuple[int, int] | None = None
+        for _ in range(5):
+            before = time.time_ns()
+            theirs = self._ask({"do": "time"})[0]["time"]
+            after = time.time_ns()
+            best = min(
+                best or (after - before, 0), (after - before, theirs - (before + after) // 2), key=lambda b: b[0]
+            )
+        assert best is not None
+        return best[1]
+
+    def close(self, linger: float) -> None:
+        """Leave. Rank 0 serves the others for up to ``linger`` seconds more."""
+        with suppress(CommError):
+            self._send({"do": "exit"})
+        if self.hub is not None:
+            self.hub.drain(linger)
+            self.hub.close()
+        self.gone = self.gone or "this rank has left"
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes the reader
+        self._reader.join(1.0)  # a thread must not come back from C++ to an interpreter that has ended
+        self._sock.close()
+        _alive.discard(self)
+
+    def abandon(self) -> None:
+        """In a forked child, which is no rank."""
+        self.gone = "this process is a fork of a rank"
+        self._sock.close()
+        if self.hub is not None:
+            self.hub.abandon()
+
+    # The connection
+
+    def _slot(self) -> tuple[int, _Slot]:
+        number, slot = next(self._numbers), _Slot()
+        self._slots[number] = slot
+        return number, slot
+
+    def _send(self, header: Event, body: bytes = b"") -> None:
+        data = wire.frame(header, body)
+        try:
+            with self._sending:
+                self._sock.sendall(data)
+        except OSError as error:
+            raise PeerLost(f"the control channel is gone: {self.gone or error}") from error
+
+    def _ask(
+        self, request: Event, body: bytes = b"", timeout: float = 60.0, what: str = "the control channel"
+    ) -> tuple[Event, bytes]:
+        number, slot = self._slot()
+        self._send({**request, "id": number}, body)
+        if not slot.ready.wait(timeout):
+            self._slots.pop(number, None)
+            raise CommTimeout(f"{what}: no answer after {timeout:g} s")
+        return self._taken(number, slot)
+
+    def _taken(self, number: int, slot: _Slot) -> tuple[Event, bytes]:
+        self._slots.pop(number, None)
+        if not slot.header:
+            raise PeerLost(f"the control channel is gone: {self.gone}")
+        return slot.header, slot.body
+
+    def _read(self) -> None:
+        why = ""
+        try:
+            while True:
+                found = wire.take(self._buffer)
+                if found is None:
+                    data = self._sock.recv(1 << 18)
+                    if not data:
+                        break
+                    self._buffer += data
+                elif "id" in found[0]:
+                    slot = self._slots.get(found[0]["id"])
+                    if slot is not None:
+                        slot.header, slot.body = found
+                        slot.ready.set()
+                elif found[0].get("event") == "closing":
+                    why = "rank 0 has left the job"
+                elif found[0].get("event") == "refused":
+                    why = f"the hub refused what this rank sent: {found[0].get('why')}"
+                else:
+                    self._deliver(found[0])
+        except (OSError, wire.Malformed) as error:
+            why = why or f"the connection to it broke: {error}"
+        quietly = bool(why.startswith("rank 0 has left") or self.gone)
+        self.gone = self.gone or why or "its process died, or ended without commlayer.finalize()"
+        for slot in list(self._slots.values()):
+            slot.ready.set()
+        if not quietly:
+            self._deliver({"event": "lost", "rank": 0, "why": self.gone})
+
+    def _deliver(self, event: Event) -> None:
+        with self._sending:
+            if self._on_event is None:
+                self._events.append(event)
+                return
+        self._on_event(event)
+
+
+def _introduced(address: str, port: int, secret: bytes, rank: int, timeout: float) -> tuple[socket.socket, bytearray]:
+    """A connection on which both ends have proved that they know the secret, and what came after the proof."""
+    end = time.monotonic() + timeout
+    while True:
+        left = end - time.monotonic()
+        try:
+            sock = socket.create_connection((address, port), timeout=max(min(left, 5.0), 0.01))
+            try:
+                return _introduce(sock, secret, rank)
+            except BaseException:
+                sock.close()
+                raise
+        except (OSError, EOFError) as error:  # not there yet, or too many strangers at its door
+            if time.monotonic() + _RETRY > end:
+                raise CommTimeout(
+                    f"rank {rank} could not reach the control channel at {address}:{port} within {timeout:g} s: {error}"
+                ) from error
+            time.sleep(_RETRY)
+
+
+def _introduce(sock: socket.socket, secret: bytes, rank: int) -> tuple[socket.socket, bytearray]:
+    wire.watch_link(sock)
+    buffer = bytearray()
+
+    def next_frame() -> Event:
+        while True:
+            found = wire.take(buffer, stranger=True)
+            if found is not None:
+                return found[0]
+            data = sock.recv(1 << 12)
+            if not data:
+                raise EOFError("it closed the connection")
+            buffer.extend(data)
+
+    try:
+        hello = next_frame()
+        theirs = hello.get("nonce")
+        if hello.get("commlayer") != 1 or not isinstance(theirs, str):
+            raise wire.Malformed(f"it says {hello}")
+        mine = secrets.token_hex(16)
+        sock.sendall(
+            wire.frame({"rank": rank, "nonce": mine, "proof": wire.proof(secret, f"rank {rank}", theirs, mine)})
+        )
+        answer = next_frame()
+    except wire.Malformed as error:
+        raise LaunchError(f"what listens at {sock.getpeername()} is no commlayer hub: {error}") from error
+    if "refused" in answer:
+        raise LaunchError(f"rank 0 does not admit rank {rank}: {answer['refused']}")
+    if not wire.proves(secret, answer.get("proof"), "hub", mine, theirs):
+        raise LaunchError(f"what listens at {sock.getpeername()} does not know the job's secret")
+    sock.settimeout(None)
+    return sock, buffer
+
+
+def named(ranks: Sequence[int]) -> str:
+    """``rank 3``, or ``ranks 1, 3``."""
+    return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
+
+
+def _split(body: bytes, sizes: Sequence[int]) -> list[bytes]:
+    ends = list(itertools.accumulate(sizes))
+    return [body[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def _by_rank(item: tuple[str, str]) -> int:
+    return int(item[0])
+
+
+# A forked child (a data loader's worker, say) holds the same sockets: as long as it lives, the death of its parent
+# would go unseen.
+_alive: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for client in list(_alive):
+        client.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)

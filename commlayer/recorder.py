@@ -1,0 +1,189 @@
+"""The flight recorder: what this rank has called lately, and where in its program.
+
+Every public call is an ``Operation``: the handle that its caller waits on, and the record of it. The last ones stay in
+a ring buffer, which is written to a file on a failure and on SIGUSR1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from commlayer.capability import NAME_OF
+from commlayer.errors import CommError
+from commlayer.reduce_op import ReduceOp
+from commlayer.work import Work
+
+if TYPE_CHECKING:
+    from commlayer.watchdog import Watch
+
+SCHEMA = "commlayer.flight/1"
+LENGTH = 512  # operations kept
+
+# A call site is the first line outside of these: the program's, or the library's that uses the layer.
+_INSIDE = tuple(str(Path(module).parent) + os.sep for module in (__file__, torch.__file__))
+_now = time.perf_counter_ns
+
+
+class Operation(Work):
+    """One public call on a group; times are nanoseconds of ``time.perf_counter_ns``.
+
+    ``seq`` counts the collectives of the group, 1 for its first, and is the same on every rank; messages, which only
+    two ranks know of, have none. ``wait`` keeps the deadline, and turns whatever went wrong into an error that names
+    this call and who is missing.
+    """
+
+    __slots__ = (
+        *("dim", "dtype", "end", "error", "name", "peer", "reduce", "root", "seq", "shape", "sizes", "start"),
+        *("timeout", "watch", "where", "work"),
+    )
+
+    def __init__(
+        self,
+        watch: Watch,
+        name: str,
+        x: torch.Tensor | None,
+        reduce: ReduceOp | None,
+        root: int | None,
+        dim: int | None,
+        sizes: Any,
+        peer: int | None,
+        timeout: float | None,
+    ) -> None:
+        self.result = None
+        self.work: Work | None = None
+        self.watch, self.name, self.reduce, self.root, self.dim, self.sizes = watch, name, reduce, root, dim, sizes
+        self.peer, self.timeout = peer, timeout
+        self.shape: torch.Size | None = None if x is None else x.shape
+        self.dtype: torch.dtype | None = None if x is None else x.dtype
+        self.seq: int | None = None
+        self.end = 0
+        self.error = ""
+        frame = sys._getframe(2)
+        while frame.f_code.co_filename.startswith(_INSIDE) and frame.f_back is not None:
+            frame = frame.f_back
+        self.where = (frame.f_code, frame.f_lineno)
+        self.start = _now()
+
+    def done(self) -> bool:
+        return self.end > 0 or self.work is None or self.work.done()
+
+    def wait(self, timeout: float | None = None) -> Any:
+        if not self.end:
+            comm = self.watch.comm
+            limit = timeout or self.timeout
+            comm.deadline = time.monotonic() + (limit or comm.timeout)
+            try:
+                assert self.work is not None
+                self.work.wait(limit)
+            except CommError as error:
+                raise self.failed(error) from error
+            finally:
+                comm.deadline = None
+            self.finished()
+        elif self.error:
+            raise CommError(f"{self} has failed before: {self.error}")
+        return self.result
+
+    def finished(self) -> None:
+        self.end = _now()
+        self.work = None  # and with it the tensors
+        if self.watch.trace is not None:
+            self.watch.trace.write(self.to_dict())
+
+    def failed(self, error: CommError) -> CommError:
+        """The error to raise instead: what is known about it, on every rank."""
+        explained = self.watch.explain(self, error)
+        self.error = f"{type(explained).__name__}: {explained}"
+        self.finished()
+        return explained
+
+    def site(self) -> str:
+        """``train.py:30``, as seen from the folder that the program was started in."""
+        code, line = self.where
+        path = code.co_filename
+        here = os.path.relpath(path) if os.path.isabs(path) else path
+        return f"{path if here.startswith('..') else here}:{line}"
+
+    def call(self) -> str:
+        """What was called, without where: ``all_reduce sum float32 (4, 3)``."""
+        words = [self.name]
+        if self.reduce is not None:
+            words.append(str(self.reduce))
+        if self.dtype is not None and self.shape is not None:
+            words += [NAME_OF.get(self.dtype, str(self.dtype)), str(tuple(self.shape))]
+        if self.peer is not None:
+            words.append(f"peer={self.peer}")
+        for name in ("root", "dim", "sizes"):
+            if getattr(self, name) is not None:
+                words.append(f"{name}={getattr(self, name)}")
+        return " ".join(words)
+
+    def label(self) -> str:
+        """``all_reduce #17 of group 0-3``."""
+        number = "" if self.seq is None else f" #{self.seq}"
+        return f"{self.name}{number} of group {self.watch.label}"
+
+    def __str__(self) -> str:
+        return f"{self.label()} at {self.site()}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "group": self.watch.label,
+            "ranks": list(self.watch.ranks),
+            "seq": self.seq,
+            "op": self.name,
+            "reduce": self.reduce.name if self.reduce is not None else None,
+            "dtype": NAME_OF.get(self.dtype) if self.dtype is not None else None,
+            "shape": list(self.shape) if self.shape is not None else None,
+            "bytes": math.prod(self.shape) * self.dtype.itemsize if self.shape is not None and self.dtype else 0,
+            "peer": None if self.peer is None else self.watch.ranks[self.peer],
+            "plan": self.watch.plan_of(self),
+            "site": self.site(),
+            "start": self.start,
+            "end": self.end or None,
+            "error": self.error or None,
+        }
+
+
+class Recorder:
+    """The last operations of this rank."""
+
+    def __init__(self, rank: int, size: int, backend: str, folder: str | None) -> None:
+        self.operations: deque[Operation] = deque(maxlen=LENGTH)
+        self.size = size
+        self._head = {"schema": SCHEMA, "rank": rank, "size": size, "backend": backend, "host": os.uname().nodename}
+        self._folder = folder
+
+    def last(self, label: str) -> Operation | None:
+        """The newest operation of a group."""
+        return next((op for op in reversed(self.operations) if op.watch.label == label), None)
+
+    def unfinished(self) -> Sequence[Operation]:
+        return [op for op in list(self.operations) if not op.end]
+
+    def dump(self, reason: str) -> Path:
+        """Write them to a file, the oldest first, and return its path; the newest dump replaces an older one."""
+        folder = Path(self._folder or Path(tempfile.gettempdir()) / f"commlayer-{os.getuid()}")
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = folder / f"flight-rank{self._head['rank']:05d}-{os.getpid()}.json"
+        data = {
+            **self._head,
+            "pid": os.getpid(),
+            "reason": reason,
+            "now": _now(),
+            "unix_ns": time.time_ns(),
+            "operations": [op.to_dict() for op in list(self.operations)],
+        }
+        path.write_text(json.dumps(data, indent=1))
+        return path

@@ -1,0 +1,393 @@
+"""Sees to it that no rank waits in vain: deadlines, lost peers, calls that do not match.
+
+A ``Watchdog`` listens to the control channel for this process; a ``Watch`` is what it knows of one group. An
+operation that fails on one rank fails on all ranks of its group, with one explanation, and so does every later one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from commlayer import errors
+from commlayer.backends.base import Communicator
+from commlayer.control.seat import Control
+from commlayer.errors import CollectiveMismatch, CommError, CommTimeout, NonFinite, PeerLost, UnsupportedOperation
+from commlayer.recorder import Operation, Recorder
+from commlayer.reduce_op import ReduceOp
+
+ASKING = 0.4  # seconds for the others to say where they are
+NEWS = 1.0  # seconds that news of a lost rank may take, when the backend has noticed first
+GRACE = 2.0  # seconds for messages of a rank that has left to arrive
+
+# Whose values an operation sends: every rank's, or the root's alone.
+_FROM_ROOT = frozenset({"broadcast", "scatter"})
+
+
+class Watchdog:
+    """One per process, or per thread of run_local. ``control`` is None where there is nobody else."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        control: Control | None = None,
+        generation: int = 1,
+        *,
+        rank: int = 0,
+        debug: bool = False,
+        check_nan: bool = False,
+        trace: Any = None,
+    ) -> None:
+        self.recorder, self.control, self.generation, self.rank = recorder, control, generation, rank
+        self.debug, self.check_nan, self.trace = debug, check_nan, trace
+        self.watches: dict[str, Watch] = {}
+        self.lost: dict[int, str] = {}
+        self.left: dict[int, dict[str, int]] = {}
+        self.broken = False  # any of the groups
+        self.changed = threading.Condition()
+        self._made: dict[tuple[int, ...], int] = {}
+
+    def label(self, ranks: Sequence[int]) -> str:
+        """The name of the next group of these ranks, the same on each of them."""
+        members = tuple(ranks)
+        self._made[members] = count = self._made.get(members, 0) + 1
+        return compact(members) + (f"#{count}" if count > 1 else "")
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """News from the control channel, in its thread."""
+        kind = event["event"]
+        if kind == "where":
+            watch = self.watches.get(event["group"])
+            assert self.control is not None
+            with suppress(CommError):
+                self.control.here(event["token"], None if watch is None else watch.place())
+        elif kind == "lost":
+            self._lose(event["rank"], event["why"])
+        elif kind == "failed":
+            self._lose(event["from"], event["why"])
+        elif kind == "left" and event["generation"] == self.generation:
+            self._leave(event["rank"], event["ends"])
+        elif kind == "broken" and event["generation"] == self.generation:
+            watch = self.watches.get(event["group"])
+            if watch is not None:
+                watch.fail(getattr(errors, event["error"]), event["why"], event["origin"])
+
+    def _lose(self, rank: int, why: str) -> None:
+        if rank in self.left or rank in self.lost:
+            return
+        self.lost[rank] = why
+        for watch in list(self.watches.values()):
+            watch.lose(rank, why)
+        with self.changed:
+            self.changed.notify_all()
+
+    def _leave(self, rank: int, ends: dict[str, int]) -> None:
+        self.left[rank] = ends
+        for watch in list(self.watches.values()):
+            watch.leave(rank, ends)
+
+    def failed(self, error: BaseException) -> None:
+        """Tell the others that this rank ends with an error."""
+        self.broken = True
+        self.tell({"event": "failed", "why": said(error)})
+
+    def bye(self) -> None:
+        """This rank takes part in nothing more."""
+        if self.trace is not None:
+            self.trace.close()
+        if self.control is not None:
+            with suppress(CommError):
+                self.control.bye(self.generation, {label: watch.seq for label, watch in self.watches.items()})
+
+    def everybody_gone(self) -> bool:
+        """Whether no other rank is left, or none can be heard of."""
+        gone = self.control is None or bool(self.control.gone)
+        return gone or len(self.lost.keys() | self.left.keys()) >= self.recorder.size - 1
+
+    def tell(self, event: dict[str, Any]) -> None:
+        if self.control is not None:
+            with suppress(CommError):
+                self.control.tell({**event, "generation": self.generation})
+
+    def report(self, reason: str) -> None:
+        """Write the flight recorder to a file and say where."""
+        try:
+            path = self.recorder.dump(reason)
+        except OSError as error:
+            path = error  # type: ignore[assignment]
+        sys.stderr.write(f"commlayer: rank {self.rank}: {reason.splitlines()[0]} (flight recorder: {path})\n")
+        sys.stderr.flush()
+
+
+class Watch:
+    """One group as the watchdog sees it; ``ranks`` are those of the world."""
+
+    def __init__(
+        self,
+        dog: Watchdog,
+        comm: Communicator,
+        ranks: Sequence[int],
+        label: str,
+        plan_of: Callable[[Operation], str],
+    ) -> None:
+        self.dog, self.comm, self.ranks, self.label, self.plan_of = dog, comm, tuple(ranks), label, plan_of
+        self.seq = 0
+        self.failure: tuple[type[CommError], str, str] | None = None  # kind, reason, and the call that met it first
+        self.trace = dog.trace
+        self._bound = math.inf  # collectives that can still happen
+        self._checks = (dog.debug or dog.check_nan) and comm.size > 1
+        self._record = dog.recorder.operations.append
+        if comm.size > 1:
+            dog.watches[label] = self
+            for rank, why in list(dog.lost.items()):
+                self.lose(rank, why)
+            for rank, ends in list(dog.left.items()):
+                self.leave(rank, ends)
+
+    def close(self) -> None:
+        self.dog.watches.pop(self.label, None)
+
+    def begin(
+        self,
+        name: str,
+        x: torch.Tensor | None = None,
+        reduce: ReduceOp | None = None,
+        *,
+        root: int | None = None,
+        dim: int | None = None,
+        sizes: Any = None,
+        peer: int | None = None,
+        timeout: float | None = None,
+    ) -> Operation:
+        """Record a call, and refuse it where the group is broken. ``peer`` makes it a message."""
+        op = Operation(self, name, x, reduce, root, dim, sizes, peer, timeout)
+        if peer is None:
+            self.seq = op.seq = self.seq + 1
+        self._record(op)
+        if self.seq > self._bound or (peer is not None and self.dog.left):
+            self._refuse(op)
+        if self._checks:
+            self._check(op, x)
+        return op
+
+    def run(self, op: Operation, start: Callable[[], Any]) -> Any:
+        """Start an operation under its deadline."""
+        comm = self.comm
+        comm.deadline = time.monotonic() + (op.timeout or comm.timeout)
+        try:
+            return start()
+        except CommError as error:
+            raise op.failed(error) from error
+        finally:
+            comm.deadline = None
+
+    def place(self) -> dict[str, Any]:
+        """Where this rank is, for others."""
+        last = self.dog.recorder.last(self.label)
+        return {"seq": self.seq, "last": "" if last is None else f"{last}{'' if last.end else ', unfinished'}"}
+
+    # Failures
+
+    def fail(self, kind: type[CommError], why: str, origin: str = "") -> None:
+        """Break the group: whoever waits in it is woken, and nobody can use it any more."""
+        if self.failure is None:
+            self.failure = (kind, why, origin)
+            self._bound = -1
+            self.dog.broken = True
+            self.comm.fail(kind(why))
+            with self.dog.changed:
+                self.dog.changed.notify_all()
+
+    def lose(self, rank: int, why: str) -> None:
+        if rank in self.ranks:
+            self.fail(PeerLost, f"rank {rank} is lost: {why}")
+
+    def leave(self, rank: int, ends: dict[str, int]) -> None:
+        """A rank has finalized, having taken part in so many collectives of this group."""
+        if rank not in self.ranks:
+            return
+        self._bound = min(self._bound, ends.get(self.label, 0))
+        for op in self.dog.recorder.unfinished():
+            if op.watch is self and (op.seq or 0) > self._bound:
+                self.fail(PeerLost, self._left(rank))
+            elif op.watch is self and op.peer is not None and self.ranks[op.peer] == rank:
+                self._expect(op)
+
+    def _left(self, rank: int) -> str:
+        count = self.dog.left[rank].get(self.label, 0)
+        return f"rank {rank} is lost: it has left the job after {count} collectives of this group"
+
+    def _expect(self, op: Operation) -> None:
+        """A message from or to a rank that has left may be under way; for ``GRACE`` seconds."""
+        assert op.peer is not None
+        rank = self.ranks[op.peer]
+        timer = threading.Timer(GRACE, lambda: None if op.end else self.fail(PeerLost, self._left(rank)))
+        timer.daemon = True
+        timer.start()
+
+    def _refuse(self, op: Operation) -> None:
+        if self.failure is None and op.peer is not None:
+            if self.ranks[op.peer] in self.dog.left:
+                self._expect(op)
+            return
+        if self.failure is None:
+            gone = min(self.dog.left, key=lambda rank: self.dog.left[rank].get(self.label, 0))
+            self.fail(PeerLost, self._left(gone))
+        assert self.failure is not None
+        kind, why, origin = self.failure
+        op.error, op.end = kind.__name__, op.start
+        raise kind(f"{op}: this group is broken{origin and ' since ' + origin}: {why}")
+
+    def explain(self, op: Operation, error: CommError) -> CommError:
+        """What to raise for a backend's error, once it is known what happened; breaks the group, on all ranks."""
+        if isinstance(error, UnsupportedOperation):  # before anything was communicated, and on every rank
+            return error
+        if self.failure is None and isinstance(error, PeerLost):
+            with self.dog.changed:
+                self.dog.changed.wait_for(lambda: self.failure is not None, NEWS if self.dog.control else 0)
+        if self.failure is None:
+            if isinstance(error, CollectiveMismatch) and op.peer is not None:
+                return CollectiveMismatch(f"{op}: {error}")  # one message is gone, and nothing else
+            self._break(op, type(error), self._missing(op) if isinstance(error, CommTimeout) else str(error))
+        assert self.failure is not None
+        kind, why, origin = self.failure
+        explained = kind(f"{op}: {why}" if not origin or origin.startswith(op.label()) else f"{op}: {origin}: {why}")
+        self.dog.report(f"{kind.__name__}: {explained}")
+        return explained
+
+    def _break(self, op: Operation, kind: type[CommError], why: str) -> None:
+        origin = f"{op.label()} at {op.site()} on rank {self.ranks[self.comm.rank]}"
+        self.dog.tell({"event": "broken", "group": self.label, "error": kind.__name__, "why": why, "origin": origin})
+        self.fail(kind, why, origin)
+
+    def _missing(self, op: Operation) -> str:
+        """Why an operation has timed out: who is where."""
+        text = f"not finished after {op.timeout or self.comm.timeout:g} s"
+        others = [rank for rank in self.ranks if rank != self.ranks[self.comm.rank]]
+        if op.peer is not None:
+            others = [self.ranks[op.peer]]
+        control = self.dog.control
+        if control is None or control.gone or not others:
+            return text + (f"; nobody knows more, since {control.gone}" if control is not None and control.gone else "")
+        answers = control.where(self.label, others, ASKING)
+        reasons = []
+        for rank in others:
+            at = answers.get(rank)
+            if rank not in answers:
+                reasons.append(f"rank {rank} does not answer: it is stopped, or out of reach")
+            elif at is None:
+                reasons.append(f"rank {rank} never arrived (it has not made this group)")
+            elif op.seq is None or at["seq"] < op.seq:
+                verb = "is elsewhere" if op.seq is None else "never arrived"
+                reasons.append(f"rank {rank} {verb} (last: {at['last'] or 'nothing yet'})")
+        if not reasons:
+            return f"{text}, although every rank has arrived: the backend is stuck, or a link between two ranks"
+        shown = "; ".join(reasons[:16]) + (f"; and {len(reasons) - 16} more" if len(reasons) > 16 else "")
+        return f"{text}; {shown}"
+
+    # Checks before an operation, where they are asked for
+
+    def _check(self, op: Operation, x: torch.Tensor | None) -> None:
+        try:
+            if self.dog.debug and op.seq is not None:
+                self._compare(op)
+            if self.dog.check_nan and x is not None:
+                self._check_finite(op, x)
+        except CommError:
+            op.end = time.perf_counter_ns()
+            raise
+
+    def _compare(self, op: Operation) -> None:
+        """CollectiveMismatch on all ranks where any two do not call the same; nothing is communicated then."""
+        mine = {"call": op.call(), "site": op.site(), **_signature(op)}
+        key = f"{self.dog.generation}/{self.label}/{op.seq}"
+        assert self.dog.control is not None
+        try:
+            rows = self.dog.control.meet(key, self.ranks, json.dumps(mine).encode(), op.timeout or self.comm.timeout)
+        except CollectiveMismatch as error:
+            raise CollectiveMismatch(f"{op}: {error}") from None
+        except CommError as error:
+            raise self.explain(op, error) from None
+        calls = [json.loads(row) for row in rows]
+        differing = _difference(calls)
+        if differing:
+            table = "".join(
+                f"\n  rank {rank}: {call['call']} at {call['site']}"
+                for rank, call in zip(self.ranks, calls, strict=True)
+            )
+            raise CollectiveMismatch(f"#{op.seq} of group {self.label}: ranks differ in {differing}:{table}")
+
+    def _check_finite(self, op: Operation, x: torch.Tensor) -> None:
+        if not (x.is_floating_point() or x.is_complex()) or x.dtype.itemsize == 1 or op.name == "recv":
+            return
+        if op.name in _FROM_ROOT and self.comm.rank != op.root:
+            return
+        finite = torch.isfinite(x.detach())
+        if not finite.all():
+            count = int(finite.numel() - finite.sum())
+            me = self.ranks[self.comm.rank]
+            why = f"rank {me} was about to send {count} of {x.numel()} values that are NaN or infinite"
+            self._break(op, NonFinite, why)
+            raise self.explain(op, NonFinite(why))
+
+
+def _signature(op: Operation) -> dict[str, Any]:
+    """What must agree, by the words that a difference is reported in."""
+    shape = None if op.shape is None else list(op.shape)
+    dim = op.dim
+    if shape and dim is not None and (op.name == "all_to_all" or (op.sizes and op.name in ("all_gather", "gather"))):
+        shape[dim] = -1  # the extents differ by design
+    return {
+        "operation": op.name,
+        "reduce op": op.reduce.name if op.reduce is not None else None,
+        "dtype": str(op.dtype),
+        "root": op.root,
+        "dim": dim,
+        "shape": shape,
+        "splits": op.sizes,
+    }
+
+
+def _difference(calls: Sequence[dict[str, Any]]) -> str:
+    """The first thing that not all ranks agree on, "" where there is none."""
+    first = calls[0]
+    for what in ("operation", "reduce op", "dtype", "root", "dim", "shape"):
+        if any(call[what] != first[what] for call in calls):
+            return what
+    if first["operation"] != "all_to_all":
+        return "" if all(call["splits"] == first["splits"] for call in calls) else "splits"
+    if any((call["splits"] is None) != (first["splits"] is None) for call in calls):
+        return "splits"
+    if first["splits"] is not None:
+        for src, sender in enumerate(calls):
+            for dst, receiver in enumerate(calls):
+                if sender["splits"][0][dst] != receiver["splits"][1][src]:
+                    return f"splits (rank {src} of the group sends {sender['splits'][0][dst]} to rank {dst}, " + (
+                        f"which expects {receiver['splits'][1][src]})"
+                    )
+    return ""
+
+
+def said(error: BaseException) -> str:
+    """What the other ranks are told of an error."""
+    text = (str(error).splitlines() or [""])[0]
+    return f"it raised {type(error).__name__}: {text}"[:500]
+
+
+def compact(ranks: Sequence[int]) -> str:
+    """Ranks in their order, runs joined: ``0-3,8``."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
