@@ -42,23 +42,16 @@ class _Collective(torch.autograd.Function):
 def launch(
     op: Operation,
     x: Tensor,
-    out: Tensor | None,
     async_op: bool,
     start: Callable[[Tensor], Started],
     adjoint: Adjoint | None,
 ) -> Any:
     """Run ``start`` on ``x`` and wait for it, unless ``async_op``; None for ``adjoint`` means there is none."""
     if x.requires_grad and torch.is_grad_enabled():
-        box: list[Work] = []
         assert adjoint is not None
-        result = op.watch.run(op, lambda: _Collective.apply(x, start, adjoint, box))
-        op.work = box[0]
-    else:
-        result, op.work = op.watch.run(op, lambda: start(x))
-    op.result = result
-    if async_op:
-        return op
-    return op.wait()
+        box: list[Work] = []
+        return op.run(lambda: (_Collective.apply(x, start, adjoint, box), box[0]), async_op)
+    return op.run(lambda: start(x), async_op)
 
 
 def check_gradient(name: str, x: Tensor, out: Tensor | None, differentiable: bool = True) -> None:

@@ -66,8 +66,8 @@ def all_reduce(
         return all_reduce(grad, op, group=g)
 
     check_gradient(f"all_reduce {op}", x, out, op.name in LINEAR)
-    call = g.watch.begin("all_reduce", x, op, timeout=timeout)
-    return launch(call, x, out, async_op, start, adjoint if op.name in LINEAR else None)
+    call = g.watch.begin("all_reduce", x, op, (), timeout)
+    return launch(call, x, async_op, start, adjoint if op.name in LINEAR else None)
 
 
 def reduce(
@@ -110,10 +110,8 @@ def reduce(
         return full / g.size if op.name == "avg" else full
 
     check_gradient(f"reduce {op}", x, out, op.name in LINEAR)
-    call = g.watch.begin("reduce", x, op, root=dst, timeout=timeout)
-    return _only_at_root(
-        launch(call, x, out, async_op, start, adjoint if op.name in LINEAR else None), at_root, async_op
-    )
+    call = g.watch.begin("reduce", x, op, (dst,), timeout)
+    return _only_at_root(launch(call, x, async_op, start, adjoint if op.name in LINEAR else None), at_root, async_op)
 
 
 def broadcast(
@@ -151,8 +149,8 @@ def broadcast(
         return total if g.rank == src else _zeros_after(total, x.shape, grad)
 
     check_gradient("broadcast", x, out)
-    call = g.watch.begin("broadcast", x, root=src, timeout=timeout)
-    return launch(call, x, out, async_op, start, adjoint)
+    call = g.watch.begin("broadcast", x, None, (src,), timeout)
+    return launch(call, x, async_op, start, adjoint)
 
 
 def all_gather(
@@ -187,8 +185,8 @@ def all_gather(
         return reduce_scatter(grad, dim=dim, sizes=sizes, group=g).reshape(x.shape)
 
     check_gradient("all_gather", x, out)
-    call = g.watch.begin("all_gather", x, dim=dim, sizes=sizes, timeout=timeout)
-    return launch(call, x, out, async_op, start, adjoint)
+    call = g.watch.begin("all_gather", x, None, (None, dim, sizes), timeout)
+    return launch(call, x, async_op, start, adjoint)
 
 
 def reduce_scatter(
@@ -230,8 +228,8 @@ def reduce_scatter(
         return full / g.size if op.name == "avg" else full
 
     check_gradient(f"reduce_scatter {op}", x, out, op.name in LINEAR)
-    call = g.watch.begin("reduce_scatter", x, op, dim=dim, sizes=sizes, timeout=timeout)
-    return launch(call, x, out, async_op, start, adjoint if op.name in LINEAR else None)
+    call = g.watch.begin("reduce_scatter", x, op, (None, dim, sizes), timeout)
+    return launch(call, x, async_op, start, adjoint if op.name in LINEAR else None)
 
 
 def all_to_all(
@@ -292,8 +290,8 @@ def all_to_all(
 
     splits = None if outgoing is None else (outgoing, incoming)
     check_gradient("all_to_all", x, out)
-    call = g.watch.begin("all_to_all", x, dim=dim, sizes=splits, timeout=timeout)
-    return launch(call, x, out, async_op, start, adjoint)
+    call = g.watch.begin("all_to_all", x, None, (None, dim, splits), timeout)
+    return launch(call, x, async_op, start, adjoint)
 
 
 def gather(
@@ -337,8 +335,8 @@ def gather(
         return scatter(full, src=dst, dim=dim, sizes=sizes, group=g).reshape(x.shape)
 
     check_gradient("gather", x, out)
-    call = g.watch.begin("gather", x, root=dst, dim=dim, sizes=sizes, timeout=timeout)
-    return _only_at_root(launch(call, x, out, async_op, start, adjoint), at_root, async_op)
+    call = g.watch.begin("gather", x, None, (dst, dim, sizes), timeout)
+    return _only_at_root(launch(call, x, async_op, start, adjoint), at_root, async_op)
 
 
 def scatter(
@@ -377,8 +375,8 @@ def scatter(
         return total if g.rank == src else _zeros_after(total, x.shape, grad)
 
     check_gradient("scatter", x, out)
-    call = g.watch.begin("scatter", x, root=src, dim=dim, sizes=sizes, timeout=timeout)
-    return launch(call, x, out, async_op, start, adjoint)
+    call = g.watch.begin("scatter", x, None, (src, dim, sizes), timeout)
+    return launch(call, x, async_op, start, adjoint)
 
 
 def barrier(*, group: Group | None = None, async_op: bool = False, timeout: float | None = None) -> Work | None:
@@ -387,11 +385,7 @@ def barrier(*, group: Group | None = None, async_op: bool = False, timeout: floa
     if not g.is_member:
         raise ValueError(f"group: this process is not a member of the group of ranks {list(g.ranks)}")
     call = g.watch.begin("barrier", timeout=check_timeout(timeout))
-    call.work = g.watch.run(call, g.flat.barrier)
-    if async_op:
-        return call
-    call.wait()
-    return None
+    return call.run(lambda: (None, g.flat.barrier()), async_op)
 
 
 def balanced_sizes(total: int, parts: int) -> list[int]:

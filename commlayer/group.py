@@ -256,10 +256,9 @@ class Group:
         """The group of these (group-local) ranks, in this order; called by every rank of this group."""
         self._check_member()
         members = _checked_ranks(ranks, self.size)
-        op = self.watch.begin("new_group", sizes=list(members))
-        child = self.watch.run(op, lambda: self._child(members))
-        op.finished()
-        return child
+        return self.watch.begin("new_group", details=(None, None, list(members))).run(
+            lambda: (self._child(members), Work())
+        )
 
     def split(self, color: int | None, key: int = 0) -> Group | None:
         """One group per ``color``, ordered by ``key``, then rank (MPI 4.1, MPI_Comm_split); None joins none.
@@ -274,18 +273,15 @@ class Group:
         assert self._comm is not None
         comm = self._comm
 
-        def start() -> Group | None:
+        def start() -> tuple[Group | None, Work]:
             places = [json.loads(text) for text in comm.share(json.dumps([color, key]).encode())]
             if color is None:
-                return None
+                return None, Work()
             members = [rank for rank, (other, _) in enumerate(places) if other == color]
             members.sort(key=lambda rank: (places[rank][1], rank))
-            return self._child(tuple(members))
+            return self._child(tuple(members)), Work()
 
-        op = self.watch.begin("split")
-        child = self.watch.run(op, start)
-        op.finished()
-        return child
+        return self.watch.begin("split").run(start)
 
     def _check_member(self) -> None:
         if self.rank < 0:
@@ -296,7 +292,7 @@ class Group:
         name = {"sendrecv": "send"}.get(op.name, op.name)
         if name not in OPS or op.dtype is None:
             return ""
-        layout = "uneven" if op.sizes is not None and name in SPLITTABLE else "even"
+        layout = "uneven" if op.detail("sizes") is not None and name in SPLITTABLE else "even"
         request = Request(name, op.reduce.name if op.reduce else None, op.dtype, self.device.type, layout)
         found = plan(self._capabilities, self.size, request) if self.size > 1 else None
         return found.fallback.name if found is not None and found.fallback is not None else "native"

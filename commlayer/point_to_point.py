@@ -35,11 +35,7 @@ def send(
     if x.requires_grad and torch.is_grad_enabled():
         raise UnsupportedOperation("send has no gradient, and x requires one; use sendrecv, or send x.detach()")
     call = g.watch.begin("send", x, peer=dst, timeout=check_timeout(timeout))
-    call.work = g.watch.run(call, lambda: g.flat.send(flat(x), dst, tag)) if x.numel() else Work()
-    if async_op:
-        return call
-    call.wait()
-    return None
+    return call.run(lambda: (None, g.flat.send(flat(x), dst, tag) if x.numel() else Work()), async_op)
 
 
 def recv(
@@ -64,9 +60,7 @@ def recv(
     tag = check_tag(tag)
     result, buffer, finish = destination(x.shape, x.new_empty(0), x)
     call = g.watch.begin("recv", x, peer=src, timeout=check_timeout(timeout))
-    work = g.watch.run(call, lambda: g.flat.recv(buffer, src, tag)) if x.numel() else Work()
-    call.result, call.work = finished(result, work, finish)
-    return call if async_op else call.wait()
+    return call.run(lambda: finished(result, g.flat.recv(buffer, src, tag) if x.numel() else Work(), finish), async_op)
 
 
 def sendrecv(
@@ -110,4 +104,4 @@ def sendrecv(
 
     check_gradient("sendrecv", x, out)
     call = g.watch.begin("sendrecv", x, peer=src, timeout=check_timeout(timeout))
-    return launch(call, x, out, async_op, start, adjoint)
+    return launch(call, x, async_op, start, adjoint)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,9 @@ LENGTH = 512  # operations kept
 _INSIDE = tuple(str(Path(module).parent) + os.sep for module in (__file__, torch.__file__))
 _now = time.perf_counter_ns
 
+DETAILS = ("root", "dim", "sizes")
+Details = Sequence[Any]  # the values of these, as far as an operation has them
+
 
 class Operation(Work):
     """One public call on a group; times are nanoseconds of ``time.perf_counter_ns``.
@@ -43,10 +46,12 @@ class Operation(Work):
     this call and who is missing.
     """
 
-    __slots__ = (
-        *("dim", "dtype", "end", "error", "name", "peer", "reduce", "root", "seq", "shape", "sizes", "start"),
-        *("timeout", "watch", "where", "work"),
-    )
+    # No slots but defaults: a call stores only what it has.
+    seq: int | None = None
+    work: Work | None = None
+    end = 0
+    error = ""
+    result: Any = None
 
     def __init__(
         self,
@@ -54,48 +59,58 @@ class Operation(Work):
         name: str,
         x: torch.Tensor | None,
         reduce: ReduceOp | None,
-        root: int | None,
-        dim: int | None,
-        sizes: Any,
+        details: Details,
         peer: int | None,
         timeout: float | None,
     ) -> None:
-        self.result = None
-        self.work: Work | None = None
-        self.watch, self.name, self.reduce, self.root, self.dim, self.sizes = watch, name, reduce, root, dim, sizes
+        self.watch, self.name, self.reduce, self.details = watch, name, reduce, details
         self.peer, self.timeout = peer, timeout
-        self.shape: torch.Size | None = None if x is None else x.shape
-        self.dtype: torch.dtype | None = None if x is None else x.dtype
-        self.seq: int | None = None
-        self.end = 0
-        self.error = ""
+        self.shape: torch.Size | None
+        self.dtype: torch.dtype | None
+        self.shape, self.dtype = (None, None) if x is None else (x.shape, x.dtype)
         frame = sys._getframe(2)
         while frame.f_code.co_filename.startswith(_INSIDE) and frame.f_back is not None:
             frame = frame.f_back
-        self.where = (frame.f_code, frame.f_lineno)
+        self.where = (frame.f_code, frame.f_lasti)
         self.start = _now()
 
+    def run(self, start: Callable[[], tuple[Any, Work]], async_op: bool = False) -> Any:
+        """Do it under its deadline; the result, or with ``async_op`` this handle of it."""
+        comm = self.watch.comm
+        comm.deadline = self.start * 1e-9 + (self.timeout or comm.timeout)
+        try:
+            result, work = start()
+            if async_op:
+                self.result, self.work = result, work
+                return self
+            work.wait(self.timeout)
+        except CommError as error:
+            raise self.failed(error) from error
+        finally:
+            comm.deadline = None
+        self._finished()
+        return result
+
     def done(self) -> bool:
-        return self.end > 0 or self.work is None or self.work.done()
+        return self.work is None or self.work.done()
 
     def wait(self, timeout: float | None = None) -> Any:
-        if not self.end:
+        if self.work is not None:
             comm = self.watch.comm
             limit = timeout or self.timeout
-            comm.deadline = time.monotonic() + (limit or comm.timeout)
+            comm.deadline = time.perf_counter() + (limit or comm.timeout)
             try:
-                assert self.work is not None
                 self.work.wait(limit)
             except CommError as error:
                 raise self.failed(error) from error
             finally:
                 comm.deadline = None
-            self.finished()
+            self._finished()
         elif self.error:
             raise CommError(f"{self} has failed before: {self.error}")
         return self.result
 
-    def finished(self) -> None:
+    def _finished(self) -> None:
         self.end = _now()
         self.work = None  # and with it the tensors
         if self.watch.trace is not None:
@@ -105,15 +120,21 @@ class Operation(Work):
         """The error to raise instead: what is known about it, on every rank."""
         explained = self.watch.explain(self, error)
         self.error = f"{type(explained).__name__}: {explained}"
-        self.finished()
+        self._finished()
         return explained
 
     def site(self) -> str:
         """``train.py:30``, as seen from the folder that the program was started in."""
-        code, line = self.where
+        code, instruction = self.where
+        lines = (line for begin, end, line in code.co_lines() if begin <= instruction < end and line is not None)
+        line = next(lines, code.co_firstlineno)
         path = code.co_filename
         here = os.path.relpath(path) if os.path.isabs(path) else path
         return f"{path if here.startswith('..') else here}:{line}"
+
+    def detail(self, name: str) -> Any:
+        place = DETAILS.index(name)
+        return self.details[place] if place < len(self.details) else None
 
     def call(self) -> str:
         """What was called, without where: ``all_reduce sum float32 (4, 3)``."""
@@ -124,9 +145,7 @@ class Operation(Work):
             words += [NAME_OF.get(self.dtype, str(self.dtype)), str(tuple(self.shape))]
         if self.peer is not None:
             words.append(f"peer={self.peer}")
-        for name in ("root", "dim", "sizes"):
-            if getattr(self, name) is not None:
-                words.append(f"{name}={getattr(self, name)}")
+        words += [f"{name}={value}" for name, value in zip(DETAILS, self.details, strict=False) if value is not None]
         return " ".join(words)
 
     def label(self) -> str:

@@ -19,9 +19,10 @@ import torch
 
 from commlayer import errors
 from commlayer.backends.base import Communicator
+from commlayer.control.client import Knot
 from commlayer.control.seat import Control
 from commlayer.errors import CollectiveMismatch, CommError, CommTimeout, NonFinite, PeerLost, UnsupportedOperation
-from commlayer.recorder import Operation, Recorder
+from commlayer.recorder import DETAILS, Details, Operation, Recorder
 from commlayer.reduce_op import ReduceOp
 
 ASKING = 0.4  # seconds for the others to say where they are
@@ -160,15 +161,12 @@ class Watch:
         name: str,
         x: torch.Tensor | None = None,
         reduce: ReduceOp | None = None,
-        *,
-        root: int | None = None,
-        dim: int | None = None,
-        sizes: Any = None,
-        peer: int | None = None,
+        details: Details = (),
         timeout: float | None = None,
+        peer: int | None = None,
     ) -> Operation:
         """Record a call, and refuse it where the group is broken. ``peer`` makes it a message."""
-        op = Operation(self, name, x, reduce, root, dim, sizes, peer, timeout)
+        op = Operation(self, name, x, reduce, details, peer, timeout)
         if peer is None:
             self.seq = op.seq = self.seq + 1
         self._record(op)
@@ -177,17 +175,6 @@ class Watch:
         if self._checks:
             self._check(op, x)
         return op
-
-    def run(self, op: Operation, start: Callable[[], Any]) -> Any:
-        """Start an operation under its deadline."""
-        comm = self.comm
-        comm.deadline = time.monotonic() + (op.timeout or comm.timeout)
-        try:
-            return start()
-        except CommError as error:
-            raise op.failed(error) from error
-        finally:
-            comm.deadline = None
 
     def place(self) -> dict[str, Any]:
         """Where this rank is, for others."""
@@ -307,28 +294,27 @@ class Watch:
 
     def _compare(self, op: Operation) -> None:
         """CollectiveMismatch on all ranks where any two do not call the same; nothing is communicated then."""
-        mine = {"call": op.call(), "site": op.site(), **_signature(op)}
-        key = f"{self.dog.generation}/{self.label}/{op.seq}"
-        assert self.dog.control is not None
+        mine = {"call": op.call(), "site": op.site(), "group": self.label, **_signature(op)}
+        assert self.comm.seat is not None
         try:
-            rows = self.dog.control.meet(key, self.ranks, json.dumps(mine).encode(), op.timeout or self.comm.timeout)
-        except CollectiveMismatch as error:
-            raise CollectiveMismatch(f"{op}: {error}") from None
+            rows = self.comm.seat.meet(str(op.seq), json.dumps(mine).encode(), op.timeout or self.comm.timeout)
+        except Knot as knot:
+            table = _table({rank: json.loads(text) for rank, text in knot.payloads.items()})
+            why = f"ranks wait for each other in different operations:{table}"
+            self._break(op, CollectiveMismatch, why)
+            raise self.explain(op, knot) from None
         except CommError as error:
             raise self.explain(op, error) from None
         calls = [json.loads(row) for row in rows]
         differing = _difference(calls)
         if differing:
-            table = "".join(
-                f"\n  rank {rank}: {call['call']} at {call['site']}"
-                for rank, call in zip(self.ranks, calls, strict=True)
-            )
+            table = _table(dict(zip(self.ranks, calls, strict=True)))
             raise CollectiveMismatch(f"#{op.seq} of group {self.label}: ranks differ in {differing}:{table}")
 
     def _check_finite(self, op: Operation, x: torch.Tensor) -> None:
         if not (x.is_floating_point() or x.is_complex()) or x.dtype.itemsize == 1 or op.name == "recv":
             return
-        if op.name in _FROM_ROOT and self.comm.rank != op.root:
+        if op.name in _FROM_ROOT and self.comm.rank != op.detail("root"):
             return
         finite = torch.isfinite(x.detach())
         if not finite.all():
@@ -342,17 +328,17 @@ class Watch:
 def _signature(op: Operation) -> dict[str, Any]:
     """What must agree, by the words that a difference is reported in."""
     shape = None if op.shape is None else list(op.shape)
-    dim = op.dim
-    if shape and dim is not None and (op.name == "all_to_all" or (op.sizes and op.name in ("all_gather", "gather"))):
+    root, dim, sizes = (op.detail(name) for name in DETAILS)
+    if shape and dim is not None and (op.name == "all_to_all" or (sizes and op.name in ("all_gather", "gather"))):
         shape[dim] = -1  # the extents differ by design
     return {
         "operation": op.name,
         "reduce op": op.reduce.name if op.reduce is not None else None,
         "dtype": str(op.dtype),
-        "root": op.root,
+        "root": root,
         "dim": dim,
         "shape": shape,
-        "splits": op.sizes,
+        "splits": sizes,
     }
 
 
@@ -374,6 +360,12 @@ def _difference(calls: Sequence[dict[str, Any]]) -> str:
                         f"which expects {receiver['splits'][1][src]})"
                     )
     return ""
+
+
+def _table(calls: dict[int, dict[str, Any]]) -> str:
+    """Each rank's call and source line, side by side."""
+    lines = [f"\n  rank {rank}: {{call}} in group {{group}} at {{site}}" for rank in sorted(calls)]
+    return "".join(line.format(**calls[rank]) for line, rank in zip(lines, sorted(calls), strict=True))
 
 
 def said(error: BaseException) -> str:

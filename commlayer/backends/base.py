@@ -85,7 +85,7 @@ class Communicator(ABC, Collectives):
     rank: int
     size: int
     timeout: float
-    deadline: float | None = None  # of the operation in progress, by time.monotonic()
+    deadline: float | None = None  # of the operation in progress, by time.perf_counter()
     failure: CommError | None = None  # why nothing more can happen here
     seat: Seat | None = None  # at the control channel; None for one rank alone
 
@@ -101,7 +101,7 @@ class Communicator(ABC, Collectives):
         """Seconds that a wait may take from now."""
         if timeout is not None:
             return timeout
-        return self.timeout if self.deadline is None else max(self.deadline - time.monotonic(), 1e-3)
+        return self.timeout if self.deadline is None else max(self.deadline - time.perf_counter(), 1e-3)
 
     def fail(self, error: CommError) -> None:
         """Give up, from any thread: whoever waits here is woken with an error. Does not block."""

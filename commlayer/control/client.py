@@ -22,6 +22,14 @@ _RETRY = 0.05  # seconds between attempts to connect
 _GRACE = 1.0  # seconds that the hub may take to answer what it has at hand
 
 
+class Knot(CollectiveMismatch):
+    """Ranks came to different meetings, so that none can happen; ``payloads`` are what each of them brought."""
+
+    def __init__(self, payloads: dict[int, str]) -> None:
+        super().__init__(f"ranks wait for each other in different operations: {payloads}")
+        self.payloads = payloads
+
+
 class _Slot:
     """Where a request waits for its answer."""
 
@@ -91,8 +99,8 @@ class Client:
     def meet(self, key: str, ranks: Sequence[int], payload: bytes, timeout: float) -> list[bytes]:
         """Everybody's payload, once all these ranks (world ranks) have come with the same key.
 
-        Raises CommTimeout naming who has not come, PeerLost for who will not, CollectiveMismatch where ranks came to
-        different meetings in different orders, so that none can happen.
+        Raises CommTimeout naming who has not come, PeerLost for who will not, Knot where ranks wait for each other in
+        different meetings.
         """
         number, slot = self._slot()
         self._send({"do": "meet", "id": number, "key": key, "ranks": list(ranks)}, payload)
@@ -106,8 +114,7 @@ class Client:
         if "lost" in header:
             raise PeerLost(f"{key}: rank {header['lost']} is lost: {header['why']}")
         if "knot" in header:
-            calls = "".join(f"\n  rank {rank}: {text}" for rank, text in sorted(header["knot"].items(), key=_by_rank))
-            raise CollectiveMismatch(f"ranks wait for each other in different operations:{calls}")
+            raise Knot({int(rank): text for rank, text in header["knot"].items()})
         return _split(body, header["sizes"])
 
     def where(self, group: str, ranks: Sequence[int], within: float) -> dict[int, Any]:
@@ -298,10 +305,6 @@ def named(ranks: Sequence[int]) -> str:
 def _split(body: bytes, sizes: Sequence[int]) -> list[bytes]:
     ends = list(itertools.accumulate(sizes))
     return [body[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-
-
-def _by_rank(item: tuple[str, str]) -> int:
-    return int(item[0])
 
 
 # A forked child (a data loader's worker, say) holds the same sockets: as long as it lives, the death of its parent

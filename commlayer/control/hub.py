@@ -66,6 +66,7 @@ class Hub(threading.Thread):
         self._members: dict[int, _Peer] = {}
         self._values: dict[str, bytes] = {}
         self._meetings: dict[str, _Meeting] = {}
+        self._cancelled: dict[str, Header] = {}
         self._wanted: dict[str, list[Callable[[], None]]] = {}  # by key: who waits for it
         self._questions: dict[int, tuple[set[int], dict[str, Any], Callable[[], None]]] = {}
         self._timers: list[tuple[float, int, Callable[[], Any]]] = []
@@ -259,6 +260,8 @@ class Hub(threading.Thread):
         """Answered to all with everybody's body, once everybody has come; with who is missing, if that cannot be."""
         key, ranks, number = _text(header["key"]), [int(rank) for rank in header["ranks"]], header["id"]
         assert peer.rank is not None
+        if key in self._cancelled:
+            return self._send(peer, {"id": number, **self._cancelled[key]})
         meeting = self._meetings.setdefault(key, _Meeting(ranks))
         meeting.payloads[peer.rank] = body
         meeting.waiting[peer.rank] = (peer, number)
@@ -282,6 +285,7 @@ class Hub(threading.Thread):
 
     def _cancel(self, key: str, answer: Header) -> None:
         meeting = self._meetings.pop(key)
+        self._cancelled[key] = answer  # also for who comes later
         for member, asked in meeting.waiting.values():
             self._send(member, {"id": asked, **answer})
 

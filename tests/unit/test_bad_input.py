@@ -102,6 +102,16 @@ def test_a_rank_that_never_comes_times_out():
     def program():
         if c.world().rank:
             c.barrier()
+        time.sleep(1)
 
-    with pytest.raises(c.CommTimeout, match=r"barrier: not finished after 0\.3 s"):
+    with pytest.raises(c.CommTimeout, match=r"barrier #1 .* not finished after 0\.3 s; rank 0 never arrived"):
         c.run_local(program, 3, timeout=0.3)
+
+
+def test_a_rank_that_leaves_early_is_lost():
+    def program():
+        if c.world().rank:
+            c.barrier()
+
+    with pytest.raises(c.PeerLost, match="rank 0 is lost: it has left the job after 0 collectives"):
+        c.run_local(program, 3, timeout=30)
