@@ -15,17 +15,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
+from commlayer.backends.base import Communicator
 from commlayer.capability import NAME_OF
 from commlayer.errors import CommError
 from commlayer.reduce_op import ReduceOp
 from commlayer.work import Work
-
-if TYPE_CHECKING:
-    from commlayer.watchdog import Watch
 
 SCHEMA = "commlayer.flight/1"
 LENGTH = 512  # operations kept
@@ -36,6 +34,19 @@ _now = time.perf_counter_ns
 
 DETAILS = ("root", "dim", "sizes")
 Details = Sequence[Any]  # the values of these, as far as an operation has them
+
+
+class Watched(Protocol):
+    """The group of an operation, as far as a record needs it (see ``watchdog.Watch``)."""
+
+    comm: Communicator
+    ranks: tuple[int, ...]
+    label: str
+    trace: Any
+
+    def plan_of(self, op: Operation, /) -> str: ...
+
+    def explain(self, op: Operation, error: CommError) -> CommError: ...
 
 
 class Operation(Work):
@@ -55,7 +66,7 @@ class Operation(Work):
 
     def __init__(
         self,
-        watch: Watch,
+        watch: Watched,
         name: str,
         x: torch.Tensor | None,
         reduce: ReduceOp | None,

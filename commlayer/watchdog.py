@@ -6,7 +6,6 @@ operation that fails on one rank fails on all ranks of its group, with one expla
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import threading
@@ -17,20 +16,16 @@ from typing import Any
 
 import torch
 
-from commlayer import errors
+from commlayer import errors, mismatch
 from commlayer.backends.base import Communicator
-from commlayer.control.client import Knot
 from commlayer.control.seat import Control
 from commlayer.errors import CollectiveMismatch, CommError, CommTimeout, NonFinite, PeerLost, UnsupportedOperation
-from commlayer.recorder import DETAILS, Details, Operation, Recorder
+from commlayer.recorder import Details, Operation, Recorder
 from commlayer.reduce_op import ReduceOp
 
 ASKING = 0.4  # seconds for the others to say where they are
 NEWS = 1.0  # seconds that news of a lost rank may take, when the backend has noticed first
 GRACE = 2.0  # seconds for messages of a rank that has left to arrive
-
-# Whose values an operation sends: every rank's, or the root's alone.
-_FROM_ROOT = frozenset({"broadcast", "scatter"})
 
 
 class Watchdog:
@@ -139,7 +134,8 @@ class Watch:
         label: str,
         plan_of: Callable[[Operation], str],
     ) -> None:
-        self.dog, self.comm, self.ranks, self.label, self.plan_of = dog, comm, tuple(ranks), label, plan_of
+        self.dog, self.comm, self.ranks, self.label = dog, comm, tuple(ranks), label
+        self.plan_of = plan_of
         self.seq = 0
         self.failure: tuple[type[CommError], str, str] | None = None  # kind, reason, and the call that met it first
         self.trace = dog.trace
@@ -237,7 +233,8 @@ class Watch:
         """What to raise for a backend's error, once it is known what happened; breaks the group, on all ranks."""
         if isinstance(error, UnsupportedOperation):  # before anything was communicated, and on every rank
             return error
-        if self.failure is None and isinstance(error, PeerLost):
+        if self.failure is None and (isinstance(error, PeerLost) or type(error) is CommError):
+            # The backend has noticed first: the control channel will tell who it is.
             with self.dog.changed:
                 self.dog.changed.wait_for(lambda: self.failure is not None, NEWS if self.dog.control else 0)
         if self.failure is None:
@@ -280,92 +277,20 @@ class Watch:
         shown = "; ".join(reasons[:16]) + (f"; and {len(reasons) - 16} more" if len(reasons) > 16 else "")
         return f"{text}; {shown}"
 
-    # Checks before an operation, where they are asked for
-
     def _check(self, op: Operation, x: torch.Tensor | None) -> None:
+        """What COMMLAYER_DEBUG and COMMLAYER_CHECK_NAN ask for, before anything is communicated."""
         try:
             if self.dog.debug and op.seq is not None:
-                self._compare(op)
-            if self.dog.check_nan and x is not None:
-                self._check_finite(op, x)
-        except CommError:
+                mismatch.compare(op)
+            if self.dog.check_nan and x is not None and (count := mismatch.nonfinite(op, x)):
+                me = self.ranks[self.comm.rank]
+                raise NonFinite(f"rank {me} was about to send {count} of {x.numel()} values that are NaN or infinite")
+        except mismatch.Different:
             op.end = time.perf_counter_ns()
             raise
-
-    def _compare(self, op: Operation) -> None:
-        """CollectiveMismatch on all ranks where any two do not call the same; nothing is communicated then."""
-        mine = {"call": op.call(), "site": op.site(), "group": self.label, **_signature(op)}
-        assert self.comm.seat is not None
-        try:
-            rows = self.comm.seat.meet(str(op.seq), json.dumps(mine).encode(), op.timeout or self.comm.timeout)
-        except Knot as knot:
-            table = _table({rank: json.loads(text) for rank, text in knot.payloads.items()})
-            why = f"ranks wait for each other in different operations:{table}"
-            self._break(op, CollectiveMismatch, why)
-            raise self.explain(op, knot) from None
         except CommError as error:
+            op.end = time.perf_counter_ns()
             raise self.explain(op, error) from None
-        calls = [json.loads(row) for row in rows]
-        differing = _difference(calls)
-        if differing:
-            table = _table(dict(zip(self.ranks, calls, strict=True)))
-            raise CollectiveMismatch(f"#{op.seq} of group {self.label}: ranks differ in {differing}:{table}")
-
-    def _check_finite(self, op: Operation, x: torch.Tensor) -> None:
-        if not (x.is_floating_point() or x.is_complex()) or x.dtype.itemsize == 1 or op.name == "recv":
-            return
-        if op.name in _FROM_ROOT and self.comm.rank != op.detail("root"):
-            return
-        finite = torch.isfinite(x.detach())
-        if not finite.all():
-            count = int(finite.numel() - finite.sum())
-            me = self.ranks[self.comm.rank]
-            why = f"rank {me} was about to send {count} of {x.numel()} values that are NaN or infinite"
-            self._break(op, NonFinite, why)
-            raise self.explain(op, NonFinite(why))
-
-
-def _signature(op: Operation) -> dict[str, Any]:
-    """What must agree, by the words that a difference is reported in."""
-    shape = None if op.shape is None else list(op.shape)
-    root, dim, sizes = (op.detail(name) for name in DETAILS)
-    if shape and dim is not None and (op.name == "all_to_all" or (sizes and op.name in ("all_gather", "gather"))):
-        shape[dim] = -1  # the extents differ by design
-    return {
-        "operation": op.name,
-        "reduce op": op.reduce.name if op.reduce is not None else None,
-        "dtype": str(op.dtype),
-        "root": root,
-        "dim": dim,
-        "shape": shape,
-        "splits": sizes,
-    }
-
-
-def _difference(calls: Sequence[dict[str, Any]]) -> str:
-    """The first thing that not all ranks agree on, "" where there is none."""
-    first = calls[0]
-    for what in ("operation", "reduce op", "dtype", "root", "dim", "shape"):
-        if any(call[what] != first[what] for call in calls):
-            return what
-    if first["operation"] != "all_to_all":
-        return "" if all(call["splits"] == first["splits"] for call in calls) else "splits"
-    if any((call["splits"] is None) != (first["splits"] is None) for call in calls):
-        return "splits"
-    if first["splits"] is not None:
-        for src, sender in enumerate(calls):
-            for dst, receiver in enumerate(calls):
-                if sender["splits"][0][dst] != receiver["splits"][1][src]:
-                    return f"splits (rank {src} of the group sends {sender['splits'][0][dst]} to rank {dst}, " + (
-                        f"which expects {receiver['splits'][1][src]})"
-                    )
-    return ""
-
-
-def _table(calls: dict[int, dict[str, Any]]) -> str:
-    """Each rank's call and source line, side by side."""
-    lines = [f"\n  rank {rank}: {{call}} in group {{group}} at {{site}}" for rank in sorted(calls)]
-    return "".join(line.format(**calls[rank]) for line, rank in zip(lines, sorted(calls), strict=True))
 
 
 def said(error: BaseException) -> str:

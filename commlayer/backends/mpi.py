@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -308,10 +309,22 @@ def exchange(value: bytes, timeout: float) -> list[bytes]:
     sizes[world.rank] = len(value)
     everyone = (_address(sizes.data_ptr(), sizes.nbytes), 1, MPI.INT64_T)
     _finish(world.Iallgather(MPI.IN_PLACE, everyone), timeout, sizes)
+    _unlink_segments()
     counts = [max(size, 1) for size in sizes.tolist()]
     rows = torch.empty(sum(counts), dtype=torch.uint8, device="cpu")
     _finish(world.Iallgatherv(_buffer(row), _shares(rows, counts)), timeout, row, rows)
     return [part.numpy().tobytes()[:size] for part, size in zip(rows.split(counts), sizes.tolist(), strict=True)]
+
+
+def _unlink_segments() -> None:
+    """Take MPICH's shared memory off the file system, once every process has it mapped.
+
+    Else a job that does not end in MPI_Finalize leaves it in /dev/shm for ever.
+    """
+    with suppress(OSError), open("/proc/self/maps") as maps:
+        for path in {line.split(maxsplit=5)[-1].strip() for line in maps if "/dev/shm/mpich_shm_" in line}:
+            with suppress(OSError):  # another rank of this host was first
+                os.unlink(path)
 
 
 def _finish(request: Any, timeout: float, *tensors: torch.Tensor) -> None:

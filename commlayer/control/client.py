@@ -183,6 +183,8 @@ class Client:
 
     def _send(self, header: Event, body: bytes = b"") -> None:
         data = wire.frame(header, body)
+        if self.gone:
+            raise PeerLost(f"the control channel is gone: {self.gone}")
         try:
             with self._sending:
                 self._sock.sendall(data)

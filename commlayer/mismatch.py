@@ -1,0 +1,95 @@
+"""What ranks may differ in by mistake, compared before an operation under COMMLAYER_DEBUG=1.
+
+Through the control channel, since the backend is what would hang or return wrong numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from commlayer.control.client import Knot
+from commlayer.errors import CollectiveMismatch
+from commlayer.recorder import DETAILS, Operation
+
+# Of these only the root's values count.
+_FROM_ROOT = frozenset({"broadcast", "scatter"})
+
+
+class Different(CollectiveMismatch):
+    """Found before anything was communicated, on all ranks: the group can go on."""
+
+
+def compare(op: Operation) -> None:
+    """Raises Different on all ranks where any two do not call the same.
+
+    CollectiveMismatch where they wait for each other in different groups; CommTimeout and PeerLost where one does not
+    come.
+    """
+    comm, ranks = op.watch.comm, op.watch.ranks
+    mine = {"call": op.call(), "site": op.site(), "group": op.watch.label, **_signature(op)}
+    assert comm.seat is not None
+    try:
+        rows = comm.seat.meet(str(op.seq), json.dumps(mine).encode(), op.timeout or comm.timeout)
+    except Knot as knot:
+        calls = {rank: json.loads(text) for rank, text in knot.payloads.items()}
+        raise CollectiveMismatch(f"ranks wait for each other in different operations:{_table(calls)}") from None
+    calls = {rank: json.loads(row) for rank, row in zip(ranks, rows, strict=True)}
+    differing = _difference(list(calls.values()))
+    if differing:
+        raise Different(f"{op.label()}: ranks differ in {differing}:{_table(calls)}")
+
+
+def nonfinite(op: Operation, x: torch.Tensor) -> int:
+    """How many of the values that this rank sends are NaN or infinite."""
+    if not (x.is_floating_point() or x.is_complex()) or x.dtype.itemsize == 1 or op.name == "recv":
+        return 0
+    if op.name in _FROM_ROOT and op.watch.comm.rank != op.detail("root"):
+        return 0
+    return x.numel() - int(torch.isfinite(x.detach()).sum())
+
+
+def _signature(op: Operation) -> dict[str, Any]:
+    """What must agree, by the words that a difference is reported in."""
+    shape = None if op.shape is None else list(op.shape)
+    root, dim, sizes = (op.detail(name) for name in DETAILS)
+    if shape and dim is not None and (op.name == "all_to_all" or (sizes and op.name in ("all_gather", "gather"))):
+        shape[dim] = -1  # the extents differ by design
+    return {
+        "operation": op.name,
+        "reduce op": op.reduce.name if op.reduce is not None else None,
+        "dtype": str(op.dtype),
+        "root": root,
+        "dim": dim,
+        "shape": shape,
+        "splits": sizes,
+    }
+
+
+def _difference(calls: Sequence[dict[str, Any]]) -> str:
+    """The first thing that not all ranks agree on, "" where there is none."""
+    first = calls[0]
+    for what in ("operation", "reduce op", "dtype", "root", "dim", "shape"):
+        if any(call[what] != first[what] for call in calls):
+            return what
+    if first["operation"] != "all_to_all":
+        return "" if all(call["splits"] == first["splits"] for call in calls) else "splits"
+    if any((call["splits"] is None) != (first["splits"] is None) for call in calls):
+        return "splits"
+    if first["splits"] is not None:
+        for src, sender in enumerate(calls):
+            for dst, receiver in enumerate(calls):
+                if sender["splits"][0][dst] != receiver["splits"][1][src]:
+                    return f"splits (rank {src} of the group sends {sender['splits'][0][dst]} to rank {dst}, " + (
+                        f"which expects {receiver['splits'][1][src]})"
+                    )
+    return ""
+
+
+def _table(calls: dict[int, dict[str, Any]]) -> str:
+    """Each rank's call and source line, side by side."""
+    lines = [f"\n  rank {rank}: {{call}} in group {{group}} at {{site}}" for rank in sorted(calls)]
+    return "".join(line.format(**calls[rank]) for line, rank in zip(lines, sorted(calls), strict=True))
