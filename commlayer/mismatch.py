@@ -19,15 +19,11 @@ from commlayer.recorder import DETAILS, Operation
 _FROM_ROOT = frozenset({"broadcast", "scatter"})
 
 
-class Different(CollectiveMismatch):
-    """Found before anything was communicated, on all ranks: the group can go on."""
+def compare(op: Operation) -> str:
+    """In what any two ranks differ, with all their calls, the same text on each; "" where they call the same.
 
-
-def compare(op: Operation) -> None:
-    """Raises Different on all ranks where any two do not call the same.
-
-    CollectiveMismatch where they wait for each other in different groups; CommTimeout and PeerLost where one does not
-    come.
+    Raises CollectiveMismatch where they wait for each other in different groups, CommTimeout and PeerLost where one
+    does not come.
     """
     comm, ranks = op.watch.comm, op.watch.ranks
     mine = {"call": op.call(), "site": op.site(), "group": op.watch.label, **_signature(op)}
@@ -39,8 +35,7 @@ def compare(op: Operation) -> None:
         raise CollectiveMismatch(f"ranks wait for each other in different operations:{_table(calls)}") from None
     calls = {rank: json.loads(row) for rank, row in zip(ranks, rows, strict=True)}
     differing = _difference(list(calls.values()))
-    if differing:
-        raise Different(f"{op.label()}: ranks differ in {differing}:{_table(calls)}")
+    return f"{op.label()}: ranks differ in {differing}:{_table(calls)}" if differing else ""
 
 
 def nonfinite(op: Operation, x: torch.Tensor) -> int:

@@ -279,18 +279,18 @@ class Watch:
 
     def _check(self, op: Operation, x: torch.Tensor | None) -> None:
         """What COMMLAYER_DEBUG and COMMLAYER_CHECK_NAN ask for, before anything is communicated."""
+        differing = ""
         try:
             if self.dog.debug and op.seq is not None:
-                mismatch.compare(op)
-            if self.dog.check_nan and x is not None and (count := mismatch.nonfinite(op, x)):
+                differing = mismatch.compare(op)
+            if not differing and self.dog.check_nan and x is not None and (count := mismatch.nonfinite(op, x)):
                 me = self.ranks[self.comm.rank]
                 raise NonFinite(f"rank {me} was about to send {count} of {x.numel()} values that are NaN or infinite")
-        except mismatch.Different:
-            op.end = time.perf_counter_ns()
-            raise
         except CommError as error:
-            op.end = time.perf_counter_ns()
-            raise self.explain(op, error) from None
+            raise op.failed(error) from None
+        if differing:  # on all ranks, and nothing was communicated: the group can go on
+            op.error, op.end = differing, time.perf_counter_ns()
+            raise CollectiveMismatch(differing)
 
 
 def said(error: BaseException) -> str:
