@@ -8,6 +8,7 @@ import secrets
 import socket
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -242,7 +243,10 @@ class Client:
             if self._on_event is None:
                 self._events.append(event)
                 return
-        self._on_event(event)
+        try:
+            self._on_event(event)
+        except Exception:  # whatever this event held, the next one counts
+            traceback.print_exc()
 
 
 def _introduced(address: str, port: int, secret: bytes, rank: int, timeout: float) -> tuple[socket.socket, bytearray]:
