@@ -261,7 +261,10 @@ class Watch:
         control = self.dog.control
         if control is None or control.gone or not others:
             return text + (f"; nobody knows more, since {control.gone}" if control is not None and control.gone else "")
-        answers = control.where(self.label, others, ASKING)
+        try:
+            answers = control.where(self.label, others, ASKING)
+        except CommError:
+            return f"{text}; rank 0, which keeps the control channel, does not answer: it is stopped, or out of reach"
         reasons = []
         for rank in others:
             at = answers.get(rank)

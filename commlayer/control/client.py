@@ -20,7 +20,7 @@ from commlayer.errors import CollectiveMismatch, CommError, CommTimeout, LaunchE
 
 Event = dict[str, Any]
 _RETRY = 0.05  # seconds between attempts to connect
-_GRACE = 1.0  # seconds that the hub may take to answer what it has at hand
+_GRACE = 0.3  # seconds that the hub may take to answer what it has at hand
 
 
 class Knot(CollectiveMismatch):
@@ -119,12 +119,12 @@ class Client:
         return _split(body, header["sizes"])
 
     def where(self, group: str, ranks: Sequence[int], within: float) -> dict[int, Any]:
-        """What these ranks say of their place in a group; who does not answer in time is not in it."""
+        """What these ranks say of their place in a group; who does not answer in time is not in it.
+
+        Raises CommTimeout, PeerLost where it is the hub that does not answer.
+        """
         request = {"do": "where", "group": group, "ranks": list(ranks), "within": within}
-        try:
-            answers = self._ask(request, timeout=within + _GRACE)[0]["answers"]
-        except CommError:  # the hub itself is gone or stuck
-            return {}
+        answers = self._ask(request, timeout=within + _GRACE)[0]["answers"]
         return {int(rank): at for rank, at in answers.items()}
 
     def tell(self, event: Event) -> None:

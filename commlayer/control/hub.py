@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from commlayer.control import wire
+from commlayer.control.meetings import Answers, Meetings
 
 MAX_STRANGERS = 64  # connections that have proved nothing; the oldest goes when more come
 PATIENCE = 10.0  # seconds for a stranger to prove that it belongs here
@@ -38,15 +39,6 @@ class _Peer:
         self.exiting = False
 
 
-class _Meeting:
-    """Payloads of ranks that wait for each other."""
-
-    def __init__(self, ranks: list[int]) -> None:
-        self.ranks = ranks
-        self.payloads: dict[int, bytes] = {}
-        self.waiting: dict[int, tuple[_Peer, int]] = {}  # whom to answer, under which number
-
-
 class Hub(threading.Thread):
     """Serves the ranks of one job. Raises OSError where it cannot listen at ``address``."""
 
@@ -65,8 +57,7 @@ class Hub(threading.Thread):
         self._peers: dict[socket.socket, _Peer] = {}
         self._members: dict[int, _Peer] = {}
         self._values: dict[str, bytes] = {}
-        self._meetings: dict[str, _Meeting] = {}
-        self._cancelled: dict[str, Header] = {}
+        self._meetings = Meetings()
         self._wanted: dict[str, list[Callable[[], None]]] = {}  # by key: who waits for it
         self._questions: dict[int, tuple[set[int], dict[str, Any], Callable[[], None]]] = {}
         self._timers: list[tuple[float, int, Callable[[], Any]]] = []
@@ -258,75 +249,32 @@ class Hub(threading.Thread):
 
     def _do_meet(self, peer: _Peer, header: Header, body: bytes) -> None:
         """Answered to all with everybody's body, once everybody has come; with who is missing, if that cannot be."""
-        key, ranks, number = _text(header["key"]), [int(rank) for rank in header["ranks"]], header["id"]
+        key, ranks = _text(header["key"]), [int(rank) for rank in header["ranks"]]
         assert peer.rank is not None
-        if key in self._cancelled:
-            return self._send(peer, {"id": number, **self._cancelled[key]})
-        meeting = self._meetings.setdefault(key, _Meeting(ranks))
-        meeting.payloads[peer.rank] = body
-        meeting.waiting[peer.rank] = (peer, number)
-        if len(meeting.payloads) == len(meeting.ranks):
-            del self._meetings[key]
-            rows = [meeting.payloads.get(rank, b"") for rank in meeting.ranks]
-            for member, asked in meeting.waiting.values():
-                self._send(member, {"id": asked, "sizes": [len(row) for row in rows]}, b"".join(rows))
-            return
-        for rank in meeting.ranks:
-            if rank not in meeting.payloads and rank in self.lost:
-                return self._cancel(key, {"lost": rank, "why": self.lost[rank]})
-        self._find_knots()
+        self._answer(self._meetings.join(key, peer.rank, header["id"], ranks, body, self.lost))
 
     def _do_give_up(self, peer: _Peer, header: Header, body: bytes) -> None:
-        """One of them will not wait any longer."""
-        meeting = self._meetings.get(header["key"])
-        if meeting is not None and peer.rank in meeting.payloads:
-            missing = [rank for rank in meeting.ranks if rank not in meeting.payloads]
-            self._cancel(header["key"], {"missing": missing})
+        assert peer.rank is not None
+        self._answer(self._meetings.give_up(_text(header["key"]), peer.rank))
 
-    def _cancel(self, key: str, answer: Header) -> None:
-        meeting = self._meetings.pop(key)
-        self._cancelled[key] = answer  # also for who comes later
-        for member, asked in meeting.waiting.values():
-            self._send(member, {"id": asked, **answer})
+    def _answer(self, answers: Answers) -> None:
+        for rank, number, header, body in answers:
+            if rank in self._members:
+                self._send(self._members[rank], {"id": number, **header}, body)
 
     def _absent(self, rank: int, why: str) -> None:
         """This rank will come to no meeting and answer no question."""
-        for key, meeting in list(self._meetings.items()):
-            if rank in meeting.ranks and rank not in meeting.payloads:
-                self._cancel(key, {"lost": rank, "why": why})
+        self._answer(self._meetings.absent(rank, why))
         for waiting_for, _, answer in list(self._questions.values()):
             waiting_for.discard(rank)
             if not waiting_for:
                 answer()
 
-    def _find_knots(self) -> None:
-        """Cancel meetings that wait for each other: their ranks came to them in different orders.
-
-        A meeting can still happen if everybody it misses is free, or in a meeting that can happen.
-        """
-        hopeful: set[str] = set()
-        while True:
-            stuck = {key: m for key, m in self._meetings.items() if key not in hopeful}
-            blocked = {rank for meeting in stuck.values() for rank in meeting.waiting}
-            more = [key for key, m in stuck.items() if not any(r in blocked and r not in m.payloads for r in m.ranks)]
-            if not more:
-                break
-            hopeful.update(more)
-        if stuck:
-            calls = {
-                str(rank): meeting.payloads[rank].decode(errors="replace")
-                for meeting in stuck.values()
-                for rank in meeting.waiting
-            }
-            for key in stuck:
-                self._cancel(key, {"knot": calls})
-
     def _do_bye(self, peer: _Peer, header: Header, body: bytes) -> None:
         """A rank has finalized: what it took part in, by group."""
         assert peer.rank is not None
-        for key, meeting in list(self._meetings.items()):
-            if key.startswith(f"{header['generation']}/") and peer.rank in meeting.ranks:
-                self._cancel(key, {"lost": peer.rank, "why": "it has left the job"})
+        prefix = f"{header['generation']}/"
+        self._answer(self._meetings.absent(peer.rank, "it has left the job", prefix))
         self._tell({"event": "left", "rank": peer.rank, **_some(header, "generation", "ends")}, but=peer.rank)
 
     def _do_exit(self, peer: _Peer, header: Header, body: bytes) -> None:

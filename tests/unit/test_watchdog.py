@@ -51,9 +51,8 @@ def test_a_timeout_names_the_call_its_place_and_who_never_arrived():
     assert time.monotonic() - start < 3
     assert all(type(error) is c.CommTimeout for error in errors)
     for error in (errors[0], errors[2]):
-        assert f"all_reduce #2 of group 0-2 at {here('waits')}: not finished after 0.3 s; rank 1 never arrived" in str(
-            error
-        )
+        assert f"all_reduce #2 of group 0-2 at {here('waits')}: not finished after 0.3 s" in str(error)
+        assert "; rank 1 never arrived" in str(error)
         assert "last: all_reduce #1" in str(error)
     assert "this group is broken since all_reduce #2" in str(errors[1])
 
