@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from commlayer.errors import LaunchError
 from commlayer.hostlist import expand, tasks_per_node
@@ -142,6 +143,7 @@ _ORIGINS = {
     "hosts": "master_addr",
     "job": "master_port",
 }
+T = TypeVar("T")
 _Found = dict[str, str]  # field of a row -> the variable that answers it
 
 
@@ -238,11 +240,18 @@ def _numbers(name: str, found: _Found, env: Mapping[str, str]) -> Launch:
     return Launch(name, rank, size, local_rank, local_size)
 
 
+def _parsed(parse: Callable[[str], list[T]], variable: str, env: Mapping[str, str]) -> list[T]:
+    try:
+        return parse(env[variable])
+    except LaunchError as error:
+        raise LaunchError(f"{variable}: {error}") from None
+
+
 def _local_size(found: _Found, size: int | None, env: Mapping[str, str]) -> int | None:
     if "local_size" in found:
         return _int(found["local_size"], env)
     if "tasks_per_node" in found and "node" in found:
-        tasks = tasks_per_node(env[found["tasks_per_node"]])
+        tasks = _parsed(tasks_per_node, found["tasks_per_node"], env)
         return tasks[_int(found["node"], env, below=len(tasks))]
     if "nodes" in found and size is not None:
         local_size, uneven = divmod(size, _int(found["nodes"], env) or 1)
@@ -258,7 +267,7 @@ def _master_addr(found: _Found, env: Mapping[str, str]) -> str | None:
         return None
     hosts = found["hosts"]
     if hosts not in _NODE_FILES:
-        return expand(env[hosts])[0]
+        return _parsed(expand, hosts, env)[0]
     try:
         with open(env[hosts]) as file:
             return file.read(_NODE_FILE_SIZE).split()[_NODE_FILES[hosts]]

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 CANONICAL_ORDER = ("tp", "cp", "ep", "dp", "pp")
 """Default order, fastest first: what communicates most is closest. Other axes follow as they stand."""
 
-_AXIS = re.compile(r"([A-Za-z_]\w*)=(-?\d+)")
+_AXIS = re.compile(r"([A-Za-z_]\w*)=(-?\d{1,18})")
+_MOST_RANKS, _MOST_AXES = 1 << 20, 32  # a wrong digit shall not take all memory
 
 
 class Mesh:
@@ -45,6 +46,9 @@ class Mesh:
         sizes = _fill(_parse(spec), group.size if world_size is None and group is not None else world_size)
         axes = _parse_order(order, sizes)
         shape = [sizes[axis] for axis in reversed(axes)]
+        if math.prod(shape) > _MOST_RANKS or len(shape) > _MOST_AXES:
+            made = f"{len(shape)} axes of {math.prod(shape)} ranks"
+            raise ValueError(f"mesh {spec!r}: {made}, but at most {_MOST_AXES} of {_MOST_RANKS} are believed")
         name = f"Mesh({_spec(sizes)!r}, order={'-'.join(axes)!r})"
         self._lay_out(name, axes, np.arange(math.prod(shape)).reshape(shape), group)
 
@@ -220,7 +224,7 @@ def _fill(sizes: dict[str, int], world_size: int | None) -> dict[str, int]:
         raise ValueError(f"mesh {_spec(sizes)!r}: one size may be -1, given world_size= or group=")
     if world_size is None:
         return sizes
-    if world_size % known or (not open_axes and world_size != known):
+    if world_size < 1 or world_size % known or (not open_axes and world_size != known):
         raise ValueError(f"mesh {_spec(sizes)!r}: the sizes make {known}, which does not fit {world_size} ranks")
     return {axis: world_size // known if size == -1 else size for axis, size in sizes.items()}
 

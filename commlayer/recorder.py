@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -139,9 +140,7 @@ class Operation(Work):
         code, instruction = self.where
         lines = (line for begin, end, line in code.co_lines() if begin <= instruction < end and line is not None)
         line = next(lines, code.co_firstlineno)
-        path = code.co_filename
-        here = os.path.relpath(path) if os.path.isabs(path) else path
-        return f"{path if here.startswith('..') else here}:{line}"
+        return f"{_shown(code.co_filename)}:{line}"
 
     def detail(self, name: str) -> Any:
         place = DETAILS.index(name)
@@ -184,6 +183,13 @@ class Operation(Work):
             "end": self.end or None,
             "error": self.error or None,
         }
+
+
+@lru_cache
+def _shown(path: str) -> str:
+    """From the folder that the program was started in, where it is inside."""
+    here = os.path.relpath(path) if os.path.isabs(path) else path
+    return path if here.startswith("..") else here
 
 
 class Recorder:

@@ -83,8 +83,15 @@ def _make_world(comm: Communicator, control: Client | Local | None, settings: Se
     trace = None
     if settings.trace is not None:
         offset = control.clock_offset() if control is not None else 0
-        host = os.uname().nodename
-        trace = TraceFile(settings.trace, comm.rank, comm.size, host=host, backend=comm.name, clock_offset_ns=offset)
+        trace = TraceFile(
+            settings.trace,
+            comm.rank,
+            comm.size,
+            host=os.uname().nodename,
+            backend=comm.name,
+            clock_offset_ns=offset,
+            job=f"{control.job if control is not None else os.getpid()}.{generation}",
+        )
     dog = Watchdog(
         recorder,
         control,

@@ -25,7 +25,9 @@ def console(stderr: bool = False) -> Console:
 def write(*parts: RenderableType) -> None:
     """Print in one piece, since other ranks print as well; a wide table stays whole on whatever terminal."""
     out = console()
-    out.width = max(out.width, *(out.measure(part).maximum for part in parts if isinstance(part, Table)), 0)
+    free = out.options.update(max_width=10_000)
+    whole = [part for part in parts if isinstance(part, Table) and all(column.no_wrap for column in part.columns)]
+    out.width = max([out.width, *(out.measure(part, options=free).maximum for part in whole)])
     with out.capture() as captured:
         out.print(*parts, sep="\n")
     sys.stdout.writelines(line.rstrip() + "\n" for line in captured.get().splitlines())

@@ -57,7 +57,7 @@ class Client:
         self._numbers = itertools.count()
         self._slots: dict[int, _Slot] = {}
         self._sending = threading.Lock()
-        self._sock, self._buffer = _introduced(address, port, secret, rank, timeout)
+        self._sock, self._buffer, self.job = _introduced(address, port, secret, rank, timeout)
         self.address: str = self._sock.getsockname()[0]
         self._reader = threading.Thread(target=self._read, name="commlayer-control", daemon=True)
         self._reader.start()
@@ -249,8 +249,12 @@ class Client:
             traceback.print_exc()
 
 
-def _introduced(address: str, port: int, secret: bytes, rank: int, timeout: float) -> tuple[socket.socket, bytearray]:
-    """A connection on which both ends have proved that they know the secret, and what came after the proof."""
+# The connection, what came after the proof, and the name of the job.
+_Introduced = tuple[socket.socket, bytearray, str]
+
+
+def _introduced(address: str, port: int, secret: bytes, rank: int, timeout: float) -> _Introduced:
+    """A connection on which both ends have proved that they know the secret."""
     end = time.monotonic() + timeout
     while True:
         left = end - time.monotonic()
@@ -269,7 +273,7 @@ def _introduced(address: str, port: int, secret: bytes, rank: int, timeout: floa
             time.sleep(_RETRY)
 
 
-def _introduce(sock: socket.socket, secret: bytes, rank: int) -> tuple[socket.socket, bytearray]:
+def _introduce(sock: socket.socket, secret: bytes, rank: int) -> _Introduced:
     wire.watch_link(sock)
     buffer = bytearray()
 
@@ -300,7 +304,7 @@ def _introduce(sock: socket.socket, secret: bytes, rank: int) -> tuple[socket.so
     if not wire.proves(secret, answer.get("proof"), "hub", mine, theirs):
         raise LaunchError(f"what listens at {sock.getpeername()} does not know the job's secret")
     sock.settimeout(None)
-    return sock, buffer
+    return sock, buffer, str(answer.get("job"))
 
 
 def named(ranks: Sequence[int]) -> str:

@@ -21,6 +21,7 @@ from commlayer.control import wire
 from commlayer.control.meetings import Answers, Meetings
 
 MAX_STRANGERS = 64  # connections that have proved nothing; the oldest goes when more come
+MAX_ASKING = 60.0  # seconds that a question may stay open
 PATIENCE = 10.0  # seconds for a stranger to prove that it belongs here
 _CHUNK = 1 << 18
 
@@ -45,6 +46,7 @@ class Hub(threading.Thread):
     def __init__(self, address: str, port: int, secret: bytes, size: int) -> None:
         super().__init__(name="commlayer-hub", daemon=True)
         self.size = size
+        self.job = secrets.token_hex(8)  # tells this job from others
         self.lost: dict[int, str] = {}
         self._secret = secret
         self._listener = socket.create_server((address, port), family=_family(address), backlog=max(128, size))
@@ -144,7 +146,7 @@ class Hub(threading.Thread):
                     self._admit(peer, found[0])
                 else:
                     getattr(self, f"_do_{found[0].get('do')}", self._unknown)(peer, *found)
-        except (wire.Malformed, KeyError, TypeError, ValueError, AttributeError) as error:
+        except Exception as error:  # a member's nonsense, of whatever kind, ends that member and not the hub
             self._send(peer, {"event": "refused", "why": f"{type(error).__name__}: {error}"})
             self._drop(peer, f"it sent what the control channel cannot read: {type(error).__name__}: {error}")
 
@@ -160,7 +162,7 @@ class Hub(threading.Thread):
             return self._drop(peer, "a second one")
         peer.rank = rank
         self._members[rank] = peer
-        self._send(peer, {"proof": wire.proof(self._secret, "hub", nonce, peer.nonce), "size": self.size})
+        self._send(peer, {"proof": wire.proof(self._secret, "hub", nonce, peer.nonce), "job": self.job})
         for other, why in self.lost.items():
             self._send(peer, {"event": "lost", "rank": other, "why": why})
 
@@ -282,13 +284,19 @@ class Hub(threading.Thread):
         self._drop(peer, "it has left the job")
 
     def _do_tell(self, peer: _Peer, header: Header, body: bytes) -> None:
-        self._tell({**header["event"], "from": peer.rank}, but=peer.rank)
+        event = header["event"]
+        if not isinstance(event["event"], str) or "id" in event:
+            raise wire.Malformed("an event without a name, or like an answer")
+        self._tell({**event, "from": peer.rank}, but=peer.rank)
 
     def _do_time(self, peer: _Peer, header: Header, body: bytes) -> None:
         self._send(peer, {"id": header["id"], "time": time.time_ns()})
 
     def _do_where(self, peer: _Peer, header: Header, body: bytes) -> None:
         """Ask these ranks where they are in a group; answered with what has come when the time is over."""
+        within = float(header["within"])
+        if not 0 <= within <= MAX_ASKING:
+            raise wire.Malformed(f"a question for {within} s")
         token, waiting_for = next(self._numbers), set(header["ranks"]) & set(self._members)
         answers: dict[str, Any] = {}
 
@@ -301,13 +309,14 @@ class Hub(threading.Thread):
             self._send(self._members[rank], {"event": "where", "token": token, "group": header["group"]})
         if not waiting_for:
             answer()
-        self._after(float(header["within"]), answer)
+        self._after(within, answer)
 
     def _do_here(self, peer: _Peer, header: Header, body: bytes) -> None:
         question = self._questions.get(header["token"])
         if question is not None:
             waiting_for, answers, answer = question
-            answers[str(peer.rank)] = header["at"]
+            at = header["at"]
+            answers[str(peer.rank)] = None if at is None else {"seq": int(at["seq"]), "last": str(at["last"])}
             waiting_for.discard(peer.rank)
             if not waiting_for:
                 answer()

@@ -28,7 +28,7 @@ class Local:
     gone = ""
 
     def __init__(self, board: Board, rank: int) -> None:
-        self._board, self.rank = board, rank
+        self._board, self.rank, self.job = board, rank, str(id(board))
 
     def listen(self, on_event: Callable[[Event], None]) -> None:
         self._board.listeners[self.rank] = on_event

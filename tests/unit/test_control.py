@@ -174,9 +174,9 @@ def test_leaving_is_no_loss(job):
 
 def test_a_question_is_answered_by_who_can(job):
     me = job.clients[1]
-    me.listen(lambda event: me.here(event["token"], {"seq": 4}) if event["event"] == "where" else None)
+    me.listen(lambda event: me.here(event["token"], {"seq": 4, "last": ""}) if event["event"] == "where" else None)
     start = time.monotonic()
-    assert job.clients[0].where("0-2", [1, 2], 0.3) == {1: {"seq": 4}}
+    assert job.clients[0].where("0-2", [1, 2], 0.3) == {1: {"seq": 4, "last": ""}}
     assert 0.2 < time.monotonic() - start < 1.0
 
 
