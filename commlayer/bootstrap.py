@@ -8,18 +8,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from commlayer import rendezvous
+from commlayer import probe, rendezvous
 from commlayer.backends import process_groups, torch_native
 from commlayer.backends.base import Communicator
 from commlayer.backends.single import Single
 from commlayer.capability import EVERYTHING, CapabilitySet, Profile, load_profile, parse_disabled, profile_for
 from commlayer.control import Client
+from commlayer.control.store import HubStore
 from commlayer.errors import BackendUnavailable, LaunchError
 from commlayer.launch import Launch, bind_device, mpi_importable
 from commlayer.settings import Settings
 
-# Backends whose shipped profile the test suite proves; a replayed profile narrows it. For the others the
-# replayed profile is all there is.
+# Backends whose shipped profile the test suite proves; a replayed profile narrows it. For the others a replayed
+# profile is all there is, and without one they are probed.
 TRUSTED = frozenset({"gloo", "mpi", "nccl"})
 
 
@@ -74,12 +75,14 @@ def connect(backend: str, launch: Launch, timeout: float, generation: int) -> tu
         return Single(device, timeout, backend), None
     process_groups.constructor(backend)  # a backend that is not here is an error before anybody is waited for
     client = rendezvous.join(launch, rank, size, timeout, by_mpi=False)
+    said = f"init {generation} on {backend}".encode()
+    client.meet(f"{generation}/init", range(size), said, timeout)  # names who is missing, as the store does not
     store: Any
     if backend == "gloo":
-        store = rendezvous.hub_store(client, timeout)
+        store = HubStore(client, timeout, f"{generation}/store/", range(size))
     else:
-        store = rendezvous.native_store(client, launch, size, timeout)
-    store = dist.PrefixStore(f"commlayer/{generation}", store)
+        native = rendezvous.native_store(client, launch, size, timeout)
+        store = dist.PrefixStore(f"commlayer/{generation}", native)
     return torch_native.create(backend, store, rank, size, device, timeout, client.address), client
 
 
@@ -140,15 +143,19 @@ def check(settings: Settings) -> None:
 
 def capabilities(comm: Communicator, settings: Settings) -> CapabilitySet:
     """What the communicator does natively: its profile, narrowed by the settings, agreed by all ranks."""
-    profiles: list[Profile] = []
-    if comm.size == 1 or comm.name in ("single", "threads"):
-        profiles.append(EVERYTHING)
-    elif comm.name in TRUSTED or settings.profile is None:
-        profiles.append(_shipped(comm))
-    if settings.profile is not None:
-        profiles.append(load_profile(settings.profile))
-    mine = CapabilitySet(tuple(profiles), parse_disabled(settings.disable))
-    return mine.agreed(dict.fromkeys(comm.share(mine.to_bytes())))
+
+    def mine() -> bytes:
+        profiles: list[Profile] = []
+        trusted = comm.name in TRUSTED
+        if comm.size == 1 or comm.name in ("single", "threads"):
+            profiles.append(EVERYTHING)
+        elif trusted or settings.profile is None:
+            profiles.append(probe.obtain(comm, settings.probe, trusted, lambda: _shipped(comm)))
+        if settings.profile is not None:
+            profiles.append(load_profile(settings.profile))
+        return CapabilitySet(tuple(profiles), parse_disabled(settings.disable)).to_bytes()
+
+    return CapabilitySet(()).agreed(dict.fromkeys(probe.agree(comm, mine)))
 
 
 def _shipped(comm: Communicator) -> Profile:
@@ -159,6 +166,6 @@ def _shipped(comm: Communicator) -> Profile:
     if found is None:
         raise BackendUnavailable(
             f"backend {comm.name}: no capability profile is shipped for it; name one with COMMLAYER_PROFILE=FILE "
-            "(see commlayer/profiles/README.md)"
+            f"(see commlayer/profiles/README.md), or make one with: commlayer probe --backend {comm.name}"
         )
     return found

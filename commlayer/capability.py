@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as brief  # a damaged file may hold anything, at any depth
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ SCHEMA = "commlayer.capabilities/1"
 REDUCING = ("all_reduce", "reduce", "reduce_scatter")
 MOVING = ("broadcast", "all_gather", "all_to_all", "gather", "scatter", "send", "recv")
 OPS = (*REDUCING, *MOVING, "barrier")
-FEATURES = ("coalescing", "split")  # recorded for people; the planner does not ask for them
+FEATURES = ("coalescing", "split", "non-contiguous")  # recorded for people; the planner does not ask for them
 SPLITTABLE = frozenset({"all_gather", "reduce_scatter", "all_to_all", "gather", "scatter"})
 PAIRED = ("send", "recv")
 LAYOUTS = ("even", "uneven")
@@ -131,35 +132,35 @@ class Profile:
             return ValueError(f"capability profile {where}: {message}")
 
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = json.loads(text, object_pairs_hook=_without_repeats)
+        except (ValueError, RecursionError) as error:
             raise fail(f"not valid JSON ({error})") from None
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise fail(f'expected "schema": "{SCHEMA}", got {found!r}')
+            raise fail(f'expected "schema": "{SCHEMA}", got {brief(found)}')
         if not isinstance(data.get("name"), str) or not isinstance(data.get("rules"), list):
             raise fail('needs a "name" and a list of "rules"')
         for key in ("versions", "sources"):
             table = data.get(key, {})
             if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
-                raise fail(f'"{key}" must be an object of texts, got {table!r}')
+                raise fail(f'"{key}" must be an object of texts, got {brief(table)}')
         for key in ("backend", "summary"):
             if not isinstance(data.get(key, ""), str):
-                raise fail(f'"{key}" must be a text, got {data[key]!r}')
+                raise fail(f'"{key}" must be a text, got {brief(data[key])}')
         rules = []
         for index, raw in enumerate(data["rules"]):
             if not isinstance(raw, dict) or raw.get("status") not in STATUSES:
-                raise fail(f"rule {index}: status must be one of {', '.join(STATUSES)}, got {raw!r}")
+                raise fail(f"rule {index}: status must be one of {', '.join(STATUSES)}, got {brief(raw)}")
             for key in ("source", "note"):
                 if not isinstance(raw.get(key, ""), str):
-                    raise fail(f"rule {index}: {key} must be a text, got {raw[key]!r}")
+                    raise fail(f"rule {index}: {key} must be a text, got {brief(raw[key])}")
             columns: dict[str, Any] = {}
             for column, allowed in _COLUMNS.items():
                 values = raw.get(column)
                 if values is None:
                     continue
                 if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-                    raise fail(f"rule {index}: {column} must be a list of names, got {values!r}")
+                    raise fail(f"rule {index}: {column} must be a list of names, got {brief(values)}")
                 if allowed is not None and not allowed.issuperset(values):
                     raise fail(f"rule {index}: unknown {column} {sorted(set(values) - allowed)}")
                 columns[column] = frozenset(values)
@@ -192,6 +193,16 @@ class Profile:
         return f'{json.dumps(head, indent=1)[:-2]},\n "rules": [\n  {body}\n ]\n}}\n'
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of two equal keys, json would drop the first in silence."""
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"{key!r} stands twice in one object")
+        made[key] = value
+    return made
+
+
 EVERYTHING = Profile("everything", (Rule("native"),), summary="Every request that has a meaning.")
 
 SHIPPED = Path(__file__).parent / "profiles"
@@ -204,15 +215,14 @@ def shipped_profiles() -> list[str]:
 
 def load_profile(name_or_path: str) -> Profile:
     """A shipped profile by name, or any profile file by path. ValueError names what is wrong with it."""
-    path = Path(name_or_path)
-    if path.suffix != ".json" and (SHIPPED / f"{name_or_path}.json").is_file():
-        path = SHIPPED / f"{name_or_path}.json"
+    shipped = shipped_profiles()
+    path = SHIPPED / f"{name_or_path}.json" if name_or_path in shipped else Path(name_or_path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"capability profile {name_or_path!r}: not a readable file ({error}), "
-            f"nor one of the shipped ones: {', '.join(shipped_profiles())}"
+            f"nor one of the shipped ones: {', '.join(shipped)}"
         ) from None
     return Profile.from_json(text, name_or_path)
 
@@ -290,9 +300,12 @@ class CapabilitySet:
         """The intersection with every rank's ``to_bytes``, the same on each of them."""
         result = None
         for text in texts:
-            data = json.loads(text)
-            profiles = tuple(Profile.from_json(profile, "of another rank") for profile in data["profiles"])
-            other = CapabilitySet(profiles, parse_disabled(data["disabled"]))
+            try:
+                data = json.loads(text)
+                profiles = tuple(Profile.from_json(profile, "of another rank") for profile in data["profiles"])
+                other = CapabilitySet(profiles, parse_disabled(data["disabled"]))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f"capabilities of another rank: {type(error).__name__}: {error}") from None
             result = other if result is None else result & other
         return result or self
 

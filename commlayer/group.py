@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -240,14 +241,12 @@ class Group:
         if len(members) == 1:
             alone = CapabilitySet((EVERYTHING,))
             return Group(Single(self.device, self.timeout), world_ranks, alone, self._policy, dog=dog)
-        seat = None
-        if self._comm.seat is not None:
-            control, generation = self._comm.seat.control, self._comm.seat.generation
-            seat = Seat(control, generation, dog.label(world_ranks), world_ranks)
-            # Making a communicator blocks, on MPI without a deadline: so not before everybody is there.
-            seat.meet("made", b"", self.timeout)
-        comm = self._comm.subgroup(members)
-        comm.seat = seat
+        assert self._comm.seat is not None
+        control, generation = self._comm.seat.control, self._comm.seat.generation
+        seat = Seat(control, generation, dog.label(world_ranks), world_ranks)
+        # Making a communicator blocks, on MPI without a deadline: so not before everybody is there.
+        seat.meet("made", b"", self.timeout)
+        comm = self._comm.subgroup(members, seat)
         child = Group(comm, world_ranks, self._capabilities, self._policy, dog=dog)
         self._children.append(child)
         return child
@@ -297,15 +296,21 @@ class Group:
         found = plan(self._capabilities, self.size, request) if self.size > 1 else None
         return found.fallback.name if found is not None and found.fallback is not None else "native"
 
-    def close(self) -> None:
-        """Release the communicators of this group and of the groups made from it."""
+    def close(self, linger: float = 5.0) -> None:
+        """Release the communicators of this group and of the groups made from it.
+
+        Waits up to ``linger`` seconds, in all, for operations that nobody has waited for.
+        """
+        self._close(time.monotonic() + linger)
+
+    def _close(self, end: float) -> None:
         for child in self._children:
-            child.close()
+            child._close(end)
         self._children.clear()
         if self._comm is not None and not self._closed:
             self._closed = True
-            self.watch.close()
-            self._comm.close()
+            self.watch.close(end)
+            self._comm.close(end)
 
 
 class Explanation:

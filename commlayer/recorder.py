@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import sys
 import tempfile
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,21 +52,25 @@ class Watched(Protocol):
 
     def explain(self, op: Operation, error: CommError) -> CommError: ...
 
+    def expect(self, op: Operation, /) -> None: ...
 
-class Operation(Work):
+    def interrupt(self, op: Operation, error: BaseException, /) -> None: ...
+
+
+class Operation:
     """One public call on a group; times are nanoseconds of ``time.perf_counter_ns``.
 
     ``seq`` counts the collectives of the group, 1 for its first, and is the same on every rank; messages, which only
-    two ranks know of, have none. ``wait`` keeps the deadline, and turns whatever went wrong into an error that names
-    this call and who is missing.
+    two ranks know of, have none. It keeps the deadline, and turns whatever went wrong into an error that names this
+    call and who is missing. It holds no tensor: records outlive what they are about.
     """
 
     # No slots but defaults: a call stores only what it has.
     seq: int | None = None
-    work: Work | None = None
     end = 0
     error = ""
-    result: Any = None
+    waiting = False  # whether somebody is inside it
+    handle: weakref.ref[Handle] | None = None
 
     def __init__(
         self,
@@ -72,11 +79,11 @@ class Operation(Work):
         x: torch.Tensor | None,
         reduce: ReduceOp | None,
         details: Details,
-        peer: int | None,
+        peers: tuple[int, ...],
         timeout: float | None,
     ) -> None:
         self.watch, self.name, self.reduce, self.details = watch, name, reduce, details
-        self.peer, self.timeout = peer, timeout
+        self.peers, self.timeout = peers, timeout
         self.shape: torch.Size | None
         self.dtype: torch.dtype | None
         self.shape, self.dtype = (None, None) if x is None else (x.shape, x.dtype)
@@ -87,44 +94,30 @@ class Operation(Work):
         self.start = _now()
 
     def run(self, start: Callable[[], tuple[Any, Work]], async_op: bool = False) -> Any:
-        """Do it under its deadline; the result, or with ``async_op`` this handle of it."""
+        """Do it under its deadline; the result, or with ``async_op`` a handle for it."""
         comm = self.watch.comm
         comm.deadline = self.start * 1e-9 + (self.timeout or comm.timeout)
+        self.waiting = True
         try:
             result, work = start()
             if async_op:
-                self.result, self.work = result, work
-                return self
-            work.wait(self.timeout)
+                self.waiting = False
+                handle = Handle(self, result, work)
+                self.handle = weakref.ref(handle)
+                return handle
+            work.wait(None if self.timeout is None else comm.limit(None))
         except CommError as error:
             raise self.failed(error) from error
+        except BaseException as error:
+            self.watch.interrupt(self, error)
+            raise
         finally:
             comm.deadline = None
-        self._finished()
+        self.finish()
         return result
 
-    def done(self) -> bool:
-        return self.work is None or self.work.done()
-
-    def wait(self, timeout: float | None = None) -> Any:
-        if self.work is not None:
-            comm = self.watch.comm
-            limit = timeout or self.timeout
-            comm.deadline = time.perf_counter() + (limit or comm.timeout)
-            try:
-                self.work.wait(limit)
-            except CommError as error:
-                raise self.failed(error) from error
-            finally:
-                comm.deadline = None
-            self._finished()
-        elif self.error:
-            raise CommError(f"{self} has failed before: {self.error}")
-        return self.result
-
-    def _finished(self) -> None:
+    def finish(self) -> None:
         self.end = _now()
-        self.work = None  # and with it the tensors
         if self.watch.trace is not None:
             self.watch.trace.write(self.to_dict())
 
@@ -132,7 +125,7 @@ class Operation(Work):
         """The error to raise instead: what is known about it, on every rank."""
         explained = self.watch.explain(self, error)
         self.error = f"{type(explained).__name__}: {explained}"
-        self._finished()
+        self.finish()
         return explained
 
     def site(self) -> str:
@@ -153,8 +146,8 @@ class Operation(Work):
             words.append(str(self.reduce))
         if self.dtype is not None and self.shape is not None:
             words += [NAME_OF.get(self.dtype, str(self.dtype)), str(tuple(self.shape))]
-        if self.peer is not None:
-            words.append(f"peer={self.peer}")
+        if self.peers:
+            words.append(f"peer={', '.join(map(str, self.peers))}")
         words += [f"{name}={value}" for name, value in zip(DETAILS, self.details, strict=False) if value is not None]
         return " ".join(words)
 
@@ -176,7 +169,7 @@ class Operation(Work):
             "dtype": NAME_OF.get(self.dtype) if self.dtype is not None else None,
             "shape": list(self.shape) if self.shape is not None else None,
             "bytes": math.prod(self.shape) * self.dtype.itemsize if self.shape is not None and self.dtype else 0,
-            "peer": None if self.peer is None else self.watch.ranks[self.peer],
+            "peer": self.watch.ranks[self.peers[0]] if self.peers else None,
             "plan": self.watch.plan_of(self),
             "site": self.site(),
             "start": self.start,
@@ -185,10 +178,50 @@ class Operation(Work):
         }
 
 
+class Handle(Work):
+    """What the caller of an asynchronous operation waits on."""
+
+    __slots__ = ("__weakref__", "_operation", "_work")
+
+    def __init__(self, operation: Operation, result: Any, work: Work) -> None:
+        self.result = result
+        self._operation = operation
+        self._work: Work | None = work
+
+    def done(self) -> bool:
+        return self._work is None or self._work.done()
+
+    def wait(self, timeout: float | None = None) -> Any:
+        if self._work is not None:
+            operation = self._operation
+            comm, limit = operation.watch.comm, timeout or operation.timeout
+            comm.deadline = time.perf_counter() + (limit or comm.timeout)
+            operation.waiting = True
+            operation.watch.expect(operation)
+            try:
+                self._work.wait(limit)
+            except CommError as error:
+                self._work = None
+                raise operation.failed(error) from error
+            except BaseException as error:
+                operation.watch.interrupt(operation, error)
+                raise
+            finally:
+                comm.deadline = None
+            self._work = None  # and with it the tensors
+            operation.finish()
+        elif self._operation.error:
+            raise CommError(f"{self._operation} has failed before: {self._operation.error}")
+        return self.result
+
+
 @lru_cache
 def _shown(path: str) -> str:
     """From the folder that the program was started in, where it is inside."""
-    here = os.path.relpath(path) if os.path.isabs(path) else path
+    try:
+        here = os.path.relpath(path)
+    except (OSError, ValueError):  # that folder is gone
+        return path
     return path if here.startswith("..") else here
 
 
@@ -203,15 +236,15 @@ class Recorder:
 
     def last(self, label: str) -> Operation | None:
         """The newest operation of a group."""
-        return next((op for op in reversed(self.operations) if op.watch.label == label), None)
+        return next((op for op in reversed(list(self.operations)) if op.watch.label == label), None)
 
     def unfinished(self) -> Sequence[Operation]:
         return [op for op in list(self.operations) if not op.end]
 
     def dump(self, reason: str) -> Path:
         """Write them to a file, the oldest first, and return its path; the newest dump replaces an older one."""
-        folder = Path(self._folder or Path(tempfile.gettempdir()) / f"commlayer-{os.getuid()}")
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = Path(self._folder) if self._folder else _private_folder()
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"flight-rank{self._head['rank']:05d}-{os.getpid()}.json"
         data = {
             **self._head,
@@ -221,5 +254,16 @@ class Recorder:
             "unix_ns": time.time_ns(),
             "operations": [op.to_dict() for op in list(self.operations)],
         }
-        path.write_text(json.dumps(data, indent=1))
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
+            json.dump(data, file, indent=1)
         return path
+
+
+def _private_folder() -> Path:
+    """A folder for temporary files that is this user's own: in a shared one, a stranger may have made it first."""
+    folder = Path(tempfile.gettempdir()) / f"commlayer-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    info = folder.lstat()
+    ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
+    return folder if ours else Path(tempfile.mkdtemp(prefix="commlayer-"))

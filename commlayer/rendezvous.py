@@ -19,8 +19,8 @@ from typing import Any
 import torch.distributed as dist
 
 from commlayer.control import Client, Hub, secret
-from commlayer.control.store import HubStore
-from commlayer.errors import CommTimeout, LaunchError
+from commlayer.control.client import named
+from commlayer.errors import CommError, CommTimeout, LaunchError
 from commlayer.launch import Launch, mpi_importable
 
 _client: Client | None = None
@@ -38,11 +38,17 @@ def join(launch: Launch, rank: int, size: int, timeout: float, by_mpi: bool, sto
     if _client is None:
         try:
             _client = _join(launch, rank, size, timeout, by_mpi, store)
+        except CommError:
+            raise
         except RuntimeError as error:  # of torch's stores
-            if isinstance(error, (CommTimeout, LaunchError)):
-                raise
             raise CommTimeout(f"rank {rank} of {size} could not reach the job's store: {error}") from error
     return _client
+
+
+def forget() -> None:
+    """In a forked child, which is no rank."""
+    global _client
+    _client = None
 
 
 def leave(linger: float) -> None:
@@ -71,13 +77,6 @@ def native_store(client: Client, launch: Launch, size: int, timeout: float) -> A
             address, port = json.loads(client.get(["torch store"], timeout)[0])
             _stores["torch"] = dist.TCPStore(address, port, size, False, limit)
     return _stores["torch"]
-
-
-def hub_store(client: Client, timeout: float) -> HubStore:
-    """A store on the hub itself, kept alive for the process groups that hold it."""
-    if "hub" not in _stores:
-        _stores["hub"] = HubStore(client, timeout)
-    return _stores["hub"]
 
 
 def _join(launch: Launch, rank: int, size: int, timeout: float, by_mpi: bool, store: Any) -> Client:
@@ -112,12 +111,18 @@ def _by_store(store: Any, rank: int, size: int, timeout: float) -> Client:
     if rank:
         store.set(f"{_KEY}/{rank}", json.dumps(_whereabouts()))
         store.wait([_KEY], limit)
-        address, port, key = json.loads(store.get(_KEY))
-        return Client(address, port, bytes.fromhex(key), rank, timeout)
+        address, port, token = json.loads(store.get(_KEY))
+        return Client(address, port, secret.of_job(token), rank, timeout)
     keys = [f"{_KEY}/{other}" for other in range(1, size)]
-    store.wait(keys, limit)
-    hub = _hub(_seen_from([json.loads(store.get(key)) for key in keys]), 0, secret.fresh(), size)
-    store.set(_KEY, json.dumps([hub[0].address, hub[0].port, hub[1].hex()]))
+    try:
+        store.wait(keys, limit)
+    except RuntimeError as error:
+        missing = [other for other, key in enumerate(keys, 1) if not store.check([key])]
+        raise CommTimeout(f"init: {named(missing)} never came within {timeout:g} s") from error
+    # Whoever reaches the store can read it: so it holds what tells this job from others, and not the secret.
+    token = secret.fresh().hex()
+    hub = _hub(_seen_from([json.loads(store.get(key)) for key in keys]), 0, secret.of_job(token), size)
+    store.set(_KEY, json.dumps([hub[0].address, hub[0].port, token]))
     return _own(hub, timeout)
 
 

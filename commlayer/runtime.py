@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -32,6 +33,7 @@ LINGER = 5.0  # seconds that the end of a rank waits for the others
 _world: Group | None = None
 _launch: Launch | None = None
 _control: Client | None = None
+_dog: Watchdog | None = None  # of the last world
 _generation = 0  # how often init has connected
 _started_torch = False  # by us, so it ends with us
 _thread = threading.local()  # .world, in a thread of run_local
@@ -47,7 +49,7 @@ def init(backend: str | None = None, *, timeout: float | None = None) -> Group:
 
     Raises LaunchError, BackendUnavailable, CommTimeout; ValueError for settings, or a second, different backend.
     """
-    global _world, _launch, _generation, _control
+    global _world, _launch, _generation, _control, _dog
     if timeout is not None:
         timeout = checked_timeout(timeout)
     if backend is not None and not isinstance(backend, str):
@@ -63,16 +65,18 @@ def init(backend: str | None = None, *, timeout: float | None = None) -> Group:
     wanted = backend or settings.backend
     limit = settings.timeout if timeout is None else timeout
     bootstrap.check(settings)
-    _generation += 1
+    _at_the_end()
+    _dog = None
     comm: Communicator
     if dist.is_initialized() and wanted in ("auto", dist.get_backend()):
-        comm, _control, _launch = bootstrap.wrap(limit, _generation)
+        comm, _control, _launch = bootstrap.wrap(limit, _generation + 1)
     else:
         _launch = discover()
         chosen = bootstrap.choose(_launch) if wanted == "auto" else wanted
-        comm, _control = bootstrap.connect(chosen, _launch, limit or DEFAULT_TIMEOUT, _generation)
+        comm, _control = bootstrap.connect(chosen, _launch, limit or DEFAULT_TIMEOUT, _generation + 1)
+    _generation += 1  # on every rank alike, as it would not be if failures counted
     _world = _make_world(comm, _control, settings)
-    _at_the_end()
+    _dog = _world.watch.dog
     return _world
 
 
@@ -223,8 +227,8 @@ def _at_the_end() -> None:
     def hook(kind: Any, error: Any, trace: Any) -> None:
         previous(kind, error, trace)
         sys.stderr.flush()
-        if _world is not None and not issubclass(kind, KeyboardInterrupt):
-            _world.watch.dog.failed(error)
+        if _dog is not None:
+            _dog.failed(error)
 
     sys.excepthook = hook
     atexit.register(_leave)
@@ -233,13 +237,34 @@ def _at_the_end() -> None:
 
 def _leave() -> None:
     """At exit, while there is still an interpreter to close things in."""
-    dog = None if _world is None else _world.watch.dog
-    on_mpi = _world is not None and _world.backend == "mpi" and _world.size > 1
-    if _world is not None:
+    try:
         finalize()
-    if on_mpi:
-        assert dog is not None
-        from commlayer.backends import mpi
+    finally:
+        if "commlayer.backends.mpi" in sys.modules:
+            from commlayer.backends import mpi
 
-        mpi.end(dog.broken, dog.everybody_gone, LINGER)
-    rendezvous.leave(LINGER)
+            mpi.end(_is_broken, lambda: _dog is not None and _dog.everybody_gone(), LINGER)
+        rendezvous.leave(LINGER)
+        if signal.getsignal(signal.SIGUSR1) not in (signal.SIG_DFL, signal.SIG_IGN):
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # hydra sends it as ranks leave; Python would reset a handler
+
+
+def _is_broken() -> bool:
+    """Whether this process cannot end as if nothing had happened: init failed, or a group, or another rank."""
+    return _dog is None or _dog.broken or bool(_dog.lost)
+
+
+_of_the_parent: list[Any] = []
+
+
+def _forget() -> None:
+    """In a forked child, which is no rank: the groups are its parent's, and must not be closed here."""
+    global _world, _dog, _control
+    _of_the_parent.append((_world, _dog, _control))
+    _world = _dog = _control = None
+    _at_the_end.cache_clear()
+    atexit.unregister(_leave)
+    rendezvous.forget()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -10,16 +10,18 @@ VARIABLES = {
     "COMMLAYER_BACKEND": "auto (default), gloo, mpi, nccl, xccl, ccl, single, or any torch.distributed backend",
     "COMMLAYER_PROFILE": "a capability profile to obey: a shipped name such as xccl-2.8, or a file",
     "COMMLAYER_DISABLE": "capabilities to do without, such as all_to_all,all_reduce:avg@bfloat16",
+    "COMMLAYER_PROBE": "auto (default), never or always: whether init may find out what a backend can do by running it",
     "COMMLAYER_FALLBACK": "silent (default), warn or error: what happens when an operation is emulated",
     "COMMLAYER_LAUNCHER": "which launcher's variables count when several disagree",
     "COMMLAYER_TIMEOUT": "seconds an operation may take before CommTimeout (default 600)",
     "COMMLAYER_DEBUG": "1: before each operation ranks compare what they call, and differences are an error",
     "COMMLAYER_CHECK_NAN": "1: sending a NaN or an infinity is an error that names the rank and the call",
     "COMMLAYER_TRACE": "a folder for a trace of every operation, a file a rank (see commlayer trace)",
-    "COMMLAYER_SECRET": "what the ranks of the job, and nobody else, know; else a key in the user's files serves",
+    "COMMLAYER_SECRET": "what the job's ranks alone know; if not set, MPI or a key in the user's files serves",
 }
 DEFAULT_TIMEOUT = 600.0  # seconds
 POLICIES = ("silent", "warn", "error")
+PROBES = ("auto", "never", "always")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Settings:
     profile: str | None = None
     disable: str = ""
     fallback: str = "silent"
+    probe: str = "auto"
     timeout: float | None = None
     debug: bool = False
     check_nan: bool = False
@@ -37,10 +40,6 @@ class Settings:
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
         """Read and check the variables; ValueError names the one that is wrong."""
         env = os.environ if env is None else env
-        raw = env.get("COMMLAYER_FALLBACK", "")
-        fallback = raw.lower() or "silent"
-        if fallback not in POLICIES:
-            raise ValueError(f"COMMLAYER_FALLBACK={raw!r}: expected one of {', '.join(POLICIES)}")
         raw = env.get("COMMLAYER_TIMEOUT", "")
         timeout = None
         if raw:
@@ -53,12 +52,22 @@ class Settings:
             backend=env.get("COMMLAYER_BACKEND", "").lower() or "auto",
             profile=env.get("COMMLAYER_PROFILE") or None,
             disable=env.get("COMMLAYER_DISABLE", ""),
-            fallback=fallback,
+            fallback=_choice("COMMLAYER_FALLBACK", POLICIES, env),
+            probe=_choice("COMMLAYER_PROBE", PROBES, env),
             timeout=timeout,
             debug=_switch("COMMLAYER_DEBUG", env),
             check_nan=_switch("COMMLAYER_CHECK_NAN", env),
             trace=env.get("COMMLAYER_TRACE") or None,
         )
+
+
+def _choice(name: str, allowed: tuple[str, ...], env: Mapping[str, str]) -> str:
+    """One of those allowed, the first where nothing is set."""
+    raw = env.get(name, "")
+    value = raw.lower() or allowed[0]
+    if value not in allowed:
+        raise ValueError(f"{name}={raw!r}: expected one of {', '.join(allowed)}")
+    return value
 
 
 def _switch(name: str, env: Mapping[str, str]) -> bool:

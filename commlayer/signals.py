@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
@@ -21,17 +22,27 @@ def dump_on_signal(dump: Callable[[], None]) -> None:
     ours, wakeup = socket.socketpair()
     wakeup.setblocking(False)
     previous = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
-    if previous != -1:  # an event loop has it already: then when the main thread comes by
+    if previous != -1:  # an event loop has it already
         signal.set_wakeup_fd(previous)
-        signal.signal(signal.SIGUSR1, lambda number, frame: dump())
-        return
 
     def serve() -> None:
         while data := ours.recv(64):
             if signal.SIGUSR1 in data:
                 dump()
 
-    signal.signal(signal.SIGUSR1, lambda number, frame: None)
-    thread = threading.Thread(target=serve, name="commlayer-signals", daemon=True)
-    thread.wakeup = wakeup  # type: ignore[attr-defined]  # keeps the descriptor open
-    thread.start()
+    def handle(number: int, frame: object) -> None:
+        """In the main thread; for nothing where the descriptor is still ours."""
+        holder = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(holder)
+        if holder != wakeup.fileno():
+            dump()
+
+    def forked() -> None:
+        """The parent's descriptor is not the child's to ring."""
+        if signal.getsignal(signal.SIGUSR1) is handle:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+    os.register_at_fork(after_in_child=forked)
+    signal.signal(signal.SIGUSR1, handle)
+    threading.Thread(target=serve, name="commlayer-signals", daemon=True).start()

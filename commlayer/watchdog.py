@@ -48,6 +48,7 @@ class Watchdog:
         self.lost: dict[int, str] = {}
         self.left: dict[int, dict[str, int]] = {}
         self.broken = False  # any of the groups
+        self.ends: dict[str, int] = {}  # of groups that were closed: the collectives they had
         self.changed = threading.Condition()
         self._made: dict[tuple[int, ...], int] = {}
 
@@ -101,7 +102,8 @@ class Watchdog:
             self.trace.close()
         if self.control is not None:
             with suppress(CommError):
-                self.control.bye(self.generation, {label: watch.seq for label, watch in self.watches.items()})
+                now = {label: watch.seq for label, watch in self.watches.items()}
+                self.control.bye(self.generation, self.ends | now)
 
     def everybody_gone(self) -> bool:
         """Whether no other rank is left, or none can be heard of."""
@@ -117,9 +119,10 @@ class Watchdog:
         """Write the flight recorder to a file and say where."""
         try:
             path = self.recorder.dump(reason)
-        except OSError as error:
-            path = error  # type: ignore[assignment]
-        sys.stderr.write(f"commlayer: rank {self.rank}: {reason.splitlines()[0]} (flight recorder: {path})\n")
+            where = f"flight recorder: {path}"
+        except Exception as error:  # the news is the failure, not this
+            where = f"the flight recorder could not be written: {error}"
+        sys.stderr.write(f"commlayer: rank {self.rank}: {reason.splitlines()[0]} ({where})\n")
         sys.stderr.flush()
 
 
@@ -149,8 +152,20 @@ class Watch:
             for rank, ends in list(dog.left.items()):
                 self.leave(rank, ends)
 
-    def close(self) -> None:
-        self.dog.watches.pop(self.label, None)
+    def close(self, end: float) -> None:
+        """Collectives that nobody has waited for may go on until ``end``, for the sake of the others."""
+        if self.dog.watches.pop(self.label, None) is not None:
+            self.dog.ends[self.label] = self.seq
+        operations = [op for op in self.dog.recorder.unfinished() if op.watch is self and op.seq is not None]
+        handles = [op.handle() for op in operations if op.handle is not None]
+        # Each is asked every time, since asking is what makes MPI progress.
+        try:
+            while self.failure is None and not all([handle.done() for handle in handles if handle is not None]):  # noqa: C419
+                if time.monotonic() > end:
+                    self.fail(CommError, f"closed while {operations[0]} was unfinished")
+                time.sleep(0.002)
+        except CommError as error:
+            self.fail(type(error), str(error))
 
     def begin(
         self,
@@ -159,14 +174,14 @@ class Watch:
         reduce: ReduceOp | None = None,
         details: Details = (),
         timeout: float | None = None,
-        peer: int | None = None,
+        peers: tuple[int, ...] = (),
     ) -> Operation:
-        """Record a call, and refuse it where the group is broken. ``peer`` makes it a message."""
-        op = Operation(self, name, x, reduce, details, peer, timeout)
-        if peer is None:
+        """Record a call, and refuse it where the group is broken. ``peers`` make it a message."""
+        op = Operation(self, name, x, reduce, details, peers, timeout)
+        if not peers:
             self.seq = op.seq = self.seq + 1
         self._record(op)
-        if self.seq > self._bound or (peer is not None and self.dog.left):
+        if self.seq > self._bound or (peers and self.dog.left):
             self._refuse(op)
         if self._checks:
             self._check(op, x)
@@ -201,28 +216,28 @@ class Watch:
         for op in self.dog.recorder.unfinished():
             if op.watch is self and (op.seq or 0) > self._bound:
                 self.fail(PeerLost, self._left(rank))
-            elif op.watch is self and op.peer is not None and self.ranks[op.peer] == rank:
-                self._expect(op)
+            elif op.watch is self and op.waiting:
+                self.expect(op)
 
     def _left(self, rank: int) -> str:
         count = self.dog.left[rank].get(self.label, 0)
         return f"rank {rank} is lost: it has left the job after {count} collectives of this group"
 
-    def _expect(self, op: Operation) -> None:
-        """A message from or to a rank that has left may be under way; for ``GRACE`` seconds."""
-        assert op.peer is not None
-        rank = self.ranks[op.peer]
+    def expect(self, op: Operation) -> None:
+        """Somebody waits for a message; where its rank has left, it may be under way, for ``GRACE`` seconds."""
+        rank = next((self.ranks[peer] for peer in op.peers if self.ranks[peer] in self.dog.left), None)
+        if rank is None:
+            return
         timer = threading.Timer(GRACE, lambda: None if op.end else self.fail(PeerLost, self._left(rank)))
         timer.daemon = True
         timer.start()
 
     def _refuse(self, op: Operation) -> None:
-        if self.failure is None and op.peer is not None:
-            if self.ranks[op.peer] in self.dog.left:
-                self._expect(op)
-            return
+        if self.failure is None and op.peers:
+            return self.expect(op)
         if self.failure is None:
-            gone = min(self.dog.left, key=lambda rank: self.dog.left[rank].get(self.label, 0))
+            left = [rank for rank in self.dog.left if rank in self.ranks]
+            gone = min(left, key=lambda rank: self.dog.left[rank].get(self.label, 0))
             self.fail(PeerLost, self._left(gone))
         assert self.failure is not None
         kind, why, origin = self.failure
@@ -238,7 +253,7 @@ class Watch:
             with self.dog.changed:
                 self.dog.changed.wait_for(lambda: self.failure is not None, NEWS if self.dog.control else 0)
         if self.failure is None:
-            if isinstance(error, CollectiveMismatch) and op.peer is not None:
+            if isinstance(error, CollectiveMismatch) and op.peers:
                 return CollectiveMismatch(f"{op}: {error}")  # one message is gone, and nothing else
             self._break(op, type(error), self._missing(op) if isinstance(error, CommTimeout) else str(error))
         assert self.failure is not None
@@ -246,6 +261,12 @@ class Watch:
         explained = kind(f"{op}: {why}" if not origin or origin.startswith(op.label()) else f"{op}: {origin}: {why}")
         self.dog.report(f"{kind.__name__}: {explained}")
         return explained
+
+    def interrupt(self, op: Operation, error: BaseException) -> None:
+        """Something else than the layer ended an operation half way (Ctrl-C, memory): it cannot be taken up again."""
+        op.error, op.end = said(error), time.perf_counter_ns()
+        if not isinstance(error, Warning):  # made an error before anything was communicated
+            self._break(op, PeerLost, f"rank {self.ranks[self.comm.rank]} is lost: {said(error)}")
 
     def _break(self, op: Operation, kind: type[CommError], why: str) -> None:
         origin = f"{op.label()} at {op.site()} on rank {self.ranks[self.comm.rank]}"
@@ -256,8 +277,8 @@ class Watch:
         """Why an operation has timed out: who is where."""
         text = f"not finished after {op.timeout or self.comm.timeout:g} s"
         others = [rank for rank in self.ranks if rank != self.ranks[self.comm.rank]]
-        if op.peer is not None:
-            others = [self.ranks[op.peer]]
+        if op.peers:
+            others = [rank for rank in dict.fromkeys(self.ranks[peer] for peer in op.peers) if rank in others]
         control = self.dog.control
         if control is None or control.gone or not others:
             return text + (f"; nobody knows more, since {control.gone}" if control is not None and control.gone else "")

@@ -90,8 +90,8 @@ class Communicator(ABC, Collectives):
     seat: Seat | None = None  # at the control channel; None for one rank alone
 
     @abstractmethod
-    def subgroup(self, ranks: Sequence[int]) -> Communicator:
-        """A communicator of these group-local ranks, in this order; called by its members only."""
+    def subgroup(self, ranks: Sequence[int], seat: Seat) -> Communicator:
+        """A communicator of these group-local ranks, in this order; called by its members only, when all are there."""
 
     def share(self, value: bytes) -> list[bytes]:
         """Every rank's value, through the control channel."""
@@ -111,8 +111,8 @@ class Communicator(ABC, Collectives):
         """What exactly this is, for people and for caches."""
         return ""
 
-    def close(self) -> None:
-        """Release what this communicator holds. Does not wait for other ranks without limit."""
+    def close(self, end: float = 0.0) -> None:
+        """Release what this communicator holds. Waits until ``end`` (time.monotonic) at most for what is under way."""
         return None
 
 

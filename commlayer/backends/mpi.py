@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,6 +18,7 @@ import torch
 
 from commlayer.arithmetic import premultiplied
 from commlayer.backends.base import INTERNAL_TAG, Closed, Communicator, Counts, Message, messages_to_all, offsets
+from commlayer.control.seat import Seat
 from commlayer.errors import BackendUnavailable, CollectiveMismatch, CommError, CommTimeout
 from commlayer.reduce_op import ReduceOp
 from commlayer.work import Work, gather_works
@@ -60,6 +62,8 @@ OPERATIONS = {
 CONTROL_TAG = 1 << 17
 
 _address = MPI.buffer.fromaddress
+
+ABORT = 3.0  # seconds that MPI_Abort may take
 
 # A sleep this short lasts about 60 microseconds on Linux (the timer's slack), and grows to the longest.
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 1e-6, 1e-4
@@ -251,11 +255,13 @@ class MpiCommunicator(Communicator):
     def barrier(self) -> Work:
         return Pending(self, self._comm.Ibarrier(), "barrier")
 
-    def subgroup(self, ranks: Sequence[int]) -> MpiCommunicator:
+    def subgroup(self, ranks: Sequence[int], seat: Seat) -> MpiCommunicator:
         group = self._comm.Get_group().Incl(list(ranks))
         try:
             comm = self._comm.Create_group(group, tag=0)
-            return MpiCommunicator(comm, self.timeout, self.spin)
+            made = MpiCommunicator(comm, self.timeout, self.spin)
+            made.seat = seat
+            return made
         except MPI.Exception as error:
             raise translate(error, f"making a group of {len(ranks)} ranks") from error
         finally:
@@ -268,7 +274,7 @@ class MpiCommunicator(Communicator):
     def _channel(self, tag: int) -> tuple[Any, int]:
         return (self._comm, tag) if tag < INTERNAL_TAG else (self._own, tag - INTERNAL_TAG)
 
-    def close(self) -> None:
+    def close(self, end: float = 0.0) -> None:
         comms, self._comm, self._own = (self._comm, self._own), Closed(), Closed()
         _reap()
         if not MPI.Is_finalized() and not _abandoned:
@@ -336,19 +342,25 @@ def _finish(request: Any, timeout: float, *tensors: torch.Tensor) -> None:
         time.sleep(_LONGEST_SLEEP)
 
 
-def end(broken: bool, everybody_gone: Callable[[], bool], linger: float) -> None:
+def end(broken: Callable[[], bool], everybody_gone: Callable[[], bool], linger: float) -> None:
     """Before MPI_Finalize, at the exit of a rank: wait until every other rank is here too, or lost.
 
-    In MPI_Finalize itself a rank would not learn that another has died. Where a group is broken the job is aborted
-    instead, as soon as the others have had ``linger`` seconds to say what they have to say.
+    In MPI_Finalize itself a rank would not learn that another has died. Where something is ``broken`` the job is
+    aborted instead, as soon as the others have had ``linger`` seconds to say what they have to say.
     """
+    if not MPI.Is_initialized() or MPI.Is_finalized() or MPI.COMM_WORLD.size == 1:
+        return
     ends = time.monotonic() + linger
-    while not everybody_gone() and not (broken and time.monotonic() > ends):
+    while not everybody_gone() and not (broken() and time.monotonic() > ends):
         MPI.COMM_WORLD.Iprobe()  # lets messages of this rank that are still under way go on
         time.sleep(0.005)
-    if broken:
+    if broken():
         sys.stdout.flush()
         sys.stderr.flush()
+        # It asks the launcher, which cannot answer where a link is cut.
+        timer = threading.Timer(ABORT, os._exit, [1])
+        timer.daemon = True
+        timer.start()
         MPI.COMM_WORLD.Abort(1)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from commlayer.arithmetic import combine, premultiplied
 from commlayer.backends.base import Communicator, Counts, Message
+from commlayer.control.seat import Seat
 from commlayer.errors import CommError
 from commlayer.reduce_op import ORDERED, ReduceOp
 from commlayer.work import Work
@@ -91,5 +92,5 @@ class Single(Communicator):
     def barrier(self) -> Work:
         return Work()
 
-    def subgroup(self, ranks: Sequence[int]) -> Single:
+    def subgroup(self, ranks: Sequence[int], seat: Seat) -> Single:
         return self

@@ -15,6 +15,7 @@ import torch
 
 from commlayer.arithmetic import combine, premultiplied
 from commlayer.backends.base import Communicator, Counts, Message, pieces
+from commlayer.control.seat import Seat
 from commlayer.errors import CollectiveMismatch, CommError, CommTimeout
 from commlayer.reduce_op import ReduceOp
 from commlayer.work import Work, gather_works
@@ -225,7 +226,7 @@ class Threads(Communicator):
     def barrier(self) -> Work:
         return self._meet(("barrier",), None, lambda ranks: None)
 
-    def subgroup(self, ranks: Sequence[int]) -> Threads:
+    def subgroup(self, ranks: Sequence[int], seat: Seat) -> Threads:
         # Members alone call this, so they meet in a child room, found under its ranks and a count of
         # how often each member has asked for just these.
         members = tuple(self.room.ranks[rank] for rank in ranks)
@@ -233,7 +234,9 @@ class Threads(Communicator):
             self._children[members] += 1
             key = (self._children[members], *members)
             child = self.room.children.setdefault(key, Room(self.room.changed, members))
-        return Threads(child, list(ranks).index(self.rank), self.timeout)
+        made = Threads(child, list(ranks).index(self.rank), self.timeout)
+        made.seat = seat
+        return made
 
     def wait_for(self, ready: Callable[[], bool], timeout: float | None, what: str) -> None:
         limit = self.limit(timeout)

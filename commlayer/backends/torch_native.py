@@ -21,6 +21,9 @@ from torch.distributed import distributed_c10d as c10d
 from commlayer.backends.base import INTERNAL_TAG, Closed, Communicator, Counts, Message, pieces
 from commlayer.backends.process_groups import DEVICE_OF, constructor
 from commlayer.backends.single import Single
+from commlayer.control.client import Client
+from commlayer.control.seat import Seat
+from commlayer.control.store import HubStore
 from commlayer.errors import CollectiveMismatch, CommError, CommTimeout, PeerLost, UnsupportedOperation
 from commlayer.reduce_op import ReduceOp
 from commlayer.work import Work, gather_works
@@ -39,7 +42,6 @@ OPERATIONS = {
 BATCHED = frozenset({"nccl", "xccl", "ccl"})
 
 
-LINGER = 5.0  # seconds that an end waits for messages never waited for
 UNLIMITED = timedelta(days=1)  # for the process groups: deadlines are the layer's own
 POISON_TAG = (1 << 31) - 1
 
@@ -70,9 +72,10 @@ class Native(Work):
         return self.result
 
     def __del__(self) -> None:
-        # Dropped without wait(). Process groups hold collectives, but a gloo message is only as alive as its handle.
-        if getattr(self, "_work", None) is not None and self._what in ("send", "recv", "exchange"):
-            self._comm._abandoned.append((self._work, self._tensors))
+        # Dropped without wait(). A gloo message is only as alive as its handle; and close() must not wait without
+        # limit for a collective that the others never join.
+        if getattr(self, "_work", None) is not None:
+            self._comm.adopt(self._work, self._what in ("send", "recv", "exchange"), self._tensors)
 
 
 class TorchCommunicator(Communicator):
@@ -102,7 +105,6 @@ class TorchCommunicator(Communicator):
         self._timedelta = UNLIMITED if name == "gloo" and owned else timedelta(seconds=timeout)
         self._posted: Counter[tuple[int, int, int]] = Counter()
         self._fetched: Counter[tuple[int, int, int]] = Counter()
-        self._children: Counter[tuple[int, ...]] = Counter()
         self._reduce_options: dict[str, Any] = {}
         self._abandoned: list[Any] = []
         self._ending = threading.Lock()  # nobody else holds the group while it is closed
@@ -262,23 +264,38 @@ class TorchCommunicator(Communicator):
                 nothing = torch.empty(1, dtype=torch.uint8)
                 self.group.recv([nothing], (self.rank + 1) % self.size, POISON_TAG).wait(timedelta(milliseconds=1))
 
-    def subgroup(self, ranks: Sequence[int]) -> TorchCommunicator:
-        members = tuple(ranks)
-        self._children[members] += 1
-        name = f"group/{'-'.join(map(str, members))}/{self._children[members]}"
-        store = dist.PrefixStore(name, self._store)
-        place = members.index(self.rank), len(members)
-        return create(self.name, store, *place, self.device, self.timeout, self.address)
+    def subgroup(self, ranks: Sequence[int], seat: Seat) -> TorchCommunicator:
+        name = f"{seat.generation}/{seat.label}/"
+        if self.name == "gloo":
+            assert isinstance(seat.control, Client)
+            store: Any = HubStore(seat.control, self.timeout, name, seat.ranks)
+        else:
+            store = dist.PrefixStore(name, self._store)
+        place = list(ranks).index(self.rank), len(ranks)
+        made = create(self.name, store, *place, self.device, self.timeout, self.address)
+        made.seat = seat
+        return made
 
-    def close(self) -> None:
+    def adopt(self, work: Any, message: bool, tensors: Any) -> None:
+        """Keep what nobody waits for until it is complete."""
+        self._abandoned = [entry for entry in self._abandoned if entry[1] or not entry[0].is_completed()]
+        if message or not work.is_completed():
+            self._abandoned.append((work, message, tensors))
+
+    def close(self, end: float = 0.0) -> None:
         """Join the process group's worker threads, by dropping the last reference to it.
 
         They must not outlive the interpreter: a worker that lets go of a tensor during shutdown asks for the GIL and
         ends in std::terminate (torch 2.13, gloo).
         """
-        for work, _ in self._abandoned:
-            with suppress(RuntimeError):  # a peer that never took it, or has left
-                work.wait(timedelta(seconds=min(self.timeout, LINGER)))
+        for work, message, _ in self._abandoned:
+            if message:
+                with suppress(RuntimeError):  # a peer that never took it, or has left
+                    work.wait(timedelta(seconds=max(end - time.monotonic(), 1e-3)))
+            while not message and not work.is_completed() and self.failure is None:
+                if time.monotonic() > end:
+                    self.fail(CommError("closed while a collective was unfinished"))
+                time.sleep(0.002)
         self._abandoned.clear()
         with self._ending:
             group, self.group = self.group, Closed()
@@ -356,6 +373,8 @@ def create(
         if name in BATCHED and hasattr(group, "eager_connect_single_device"):
             # A batch of messages must not be the first call of a group that some of its ranks take no part in.
             group.eager_connect_single_device(device)
+    except CommError:  # of the hub's store, which knows what has happened
+        raise
     except RuntimeError as error:
         raise translate(error, f"connecting rank {rank} of {size} by {name}") from error
     return TorchCommunicator(group, name, device, store, timeout, address)
@@ -373,8 +392,10 @@ def wrap_default_group(timeout: float | None, generation: int) -> TorchCommunica
     world = dist.group.WORLD
     assert world is not None
     store = dist.PrefixStore(f"commlayer/{generation}", host_store())
-    seconds = timeout if timeout is not None else dist.default_pg_timeout.total_seconds()
-    return TorchCommunicator(world._get_backend(torch.device(kind)), name, device, store, seconds, owned=False)
+    group = world._get_backend(torch.device(kind))
+    theirs = getattr(getattr(group, "options", None), "_timeout", dist.default_pg_timeout)
+    seconds = timeout if timeout is not None else theirs.total_seconds()
+    return TorchCommunicator(group, name, device, store, seconds, owned=False)
 
 
 def host_store() -> Any:

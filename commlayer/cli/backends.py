@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -25,6 +23,7 @@ import torch.distributed as dist
 from commlayer import bootstrap
 from commlayer.backends import torch_native
 from commlayer.backends.base import Communicator
+from commlayer.backends.process_groups import DEVICE_OF
 from commlayer.capability import CapabilitySet
 from commlayer.errors import CommError, LaunchError
 from commlayer.launch import Launch, bind_device
@@ -76,15 +75,10 @@ def examine(name: str, launch: Launch | None) -> Health:
 
 def capability_set(backend: str, settings: Settings) -> CapabilitySet:
     """The set that init would agree on, were every rank like this process. CommError, ValueError."""
-    version = _nccl_version() if backend == "nccl" else torch.__version__
-    alone = SimpleNamespace(name=backend, size=2, version=lambda: version, share=lambda text: [text])
-    return bootstrap.capabilities(cast(Communicator, alone), settings)
-
-
-def find_mpiexec(env: Mapping[str, str] = os.environ) -> str | None:
-    """The mpiexec of the running interpreter's environment, else the PATH's."""
-    beside = os.path.join(os.path.dirname(sys.executable), "mpiexec")
-    return beside if os.access(beside, os.X_OK) else shutil.which("mpiexec", path=env.get("PATH"))
+    device = torch.device(DEVICE_OF.get(backend, "cpu"))
+    version = {"nccl": _nccl_version, "mpi": _mpi_version}.get(backend, lambda: f"torch {torch.__version__}")
+    alone = SimpleNamespace(name=backend, size=2, device=device, version=version, share=lambda text: [text])
+    return bootstrap.capabilities(cast(Communicator, alone), replace(settings, probe="never"))
 
 
 def _gloo(name: str, launch: Launch | None) -> str:
@@ -197,6 +191,14 @@ def _nccl_version() -> str:
     if not dist.is_nccl_available():
         return ""
     return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def _mpi_version() -> str:
+    """As the communicator of a job says it."""
+    try:
+        return " ".join(_in_child(_MPI, "")[1].split("\n")[0].strip("\0 ").split())
+    except Unusable:
+        return ""
 
 
 def _in_child(code: str, remedy: str) -> Any:

@@ -14,8 +14,9 @@ from typing import Annotated
 import typer
 
 from commlayer.capability import load_profile, parse_disabled
-from commlayer.cli.backends import BACKENDS, examine, find_mpiexec
+from commlayer.cli.backends import BACKENDS, examine
 from commlayer.errors import BackendUnavailable
+from commlayer.probe import find_mpiexec
 
 Ranks = Annotated[int, typer.Option("-n", "--ranks", min=1, help="How many ranks to start.")]
 Backend = Annotated[

@@ -19,6 +19,7 @@ from commlayer.control.hub import Hub
 from commlayer.errors import CollectiveMismatch, CommError, CommTimeout, LaunchError, PeerLost
 
 Event = dict[str, Any]
+_REMEDY = "where hosts do not share the user's files, set COMMLAYER_SECRET to the same random text on every rank"
 _RETRY = 0.05  # seconds between attempts to connect
 _GRACE = 0.3  # seconds that the hub may take to answer what it has at hand
 
@@ -79,9 +80,12 @@ class Client:
     def set(self, key: str, value: bytes) -> None:
         self._send({"do": "set", "key": key}, value)
 
-    def get(self, keys: Sequence[str], timeout: float) -> list[bytes]:
-        """The values of these keys, once all are there. Raises CommTimeout."""
-        header, body = self._ask({"do": "get", "keys": list(keys)}, timeout=timeout, what=f"waiting for {keys[0]}")
+    def get(self, keys: Sequence[str], timeout: float, ranks: Sequence[int] = ()) -> list[bytes]:
+        """The values of these keys, once all are there. Raises CommTimeout; PeerLost where one of ``ranks`` dies."""
+        request = {"do": "get", "keys": list(keys), "ranks": list(ranks)}
+        header, body = self._ask(request, timeout=timeout, what=f"waiting for {keys[0]}")
+        if "lost" in header:
+            raise PeerLost(f"waiting for {keys[0]}: rank {header['lost']} is lost: {header['why']}")
         return _split(body, header["sizes"])
 
     def add(self, key: str, by: int) -> int:
@@ -116,6 +120,8 @@ class Client:
             raise PeerLost(f"{key}: rank {header['lost']} is lost: {header['why']}")
         if "knot" in header:
             raise Knot({int(rank): text for rank, text in header["knot"].items()})
+        if "same" in header:
+            return [body] * header["same"]
         return _split(body, header["sizes"])
 
     def where(self, group: str, ranks: Sequence[int], within: float) -> dict[int, Any]:
@@ -231,6 +237,9 @@ class Client:
                     self._deliver(found[0])
         except (OSError, wire.Malformed) as error:
             why = why or f"the connection to it broke: {error}"
+        except Exception as error:  # a defect of ours: then nothing can be heard any more, and everybody must know
+            traceback.print_exc()
+            why = f"this rank's end of it failed: {error}"
         quietly = bool(why.startswith("rank 0 has left") or self.gone)
         self.gone = self.gone or why or "its process died, or ended without commlayer.finalize()"
         for slot in list(self._slots.values()):
@@ -300,9 +309,9 @@ def _introduce(sock: socket.socket, secret: bytes, rank: int) -> _Introduced:
     except wire.Malformed as error:
         raise LaunchError(f"what listens at {sock.getpeername()} is no commlayer hub: {error}") from error
     if "refused" in answer:
-        raise LaunchError(f"rank 0 does not admit rank {rank}: {answer['refused']}")
+        raise LaunchError(f"rank 0 does not admit rank {rank}: {answer['refused']}; {_REMEDY}")
     if not wire.proves(secret, answer.get("proof"), "hub", mine, theirs):
-        raise LaunchError(f"what listens at {sock.getpeername()} does not know the job's secret")
+        raise LaunchError(f"what listens at {sock.getpeername()} does not know the job's secret; {_REMEDY}")
     sock.settimeout(None)
     return sock, buffer, str(answer.get("job"))
 

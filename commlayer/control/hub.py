@@ -6,11 +6,14 @@ connection ends. One thread and non-blocking sockets: nobody, member or stranger
 
 from __future__ import annotations
 
+import errno
 import heapq
 import itertools
+import resource
 import secrets
 import selectors
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,9 +22,11 @@ from typing import Any
 
 from commlayer.control import wire
 from commlayer.control.meetings import Answers, Meetings
+from commlayer.errors import LaunchError
 
 MAX_STRANGERS = 64  # connections that have proved nothing; the oldest goes when more come
 MAX_ASKING = 60.0  # seconds that a question may stay open
+KNOT = 1.0  # seconds after which meetings that wait for each other are given up
 PATIENCE = 10.0  # seconds for a stranger to prove that it belongs here
 _CHUNK = 1 << 18
 
@@ -45,6 +50,7 @@ class Hub(threading.Thread):
 
     def __init__(self, address: str, port: int, secret: bytes, size: int) -> None:
         super().__init__(name="commlayer-hub", daemon=True)
+        _allow_descriptors(size + MAX_STRANGERS + 256)
         self.size = size
         self.job = secrets.token_hex(8)  # tells this job from others
         self.lost: dict[int, str] = {}
@@ -57,9 +63,11 @@ class Hub(threading.Thread):
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._bell, selectors.EVENT_READ)
         self._peers: dict[socket.socket, _Peer] = {}
+        self._strangers: dict[socket.socket, _Peer] = {}
         self._members: dict[int, _Peer] = {}
         self._values: dict[str, bytes] = {}
         self._meetings = Meetings()
+        self._left: dict[int, int] = {}  # by rank: the last generation that it has finalized
         self._wanted: dict[str, list[Callable[[], None]]] = {}  # by key: who waits for it
         self._questions: dict[int, tuple[set[int], dict[str, Any], Callable[[], None]]] = {}
         self._timers: list[tuple[float, int, Callable[[], Any]]] = []
@@ -115,15 +123,17 @@ class Hub(threading.Thread):
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:  # gone again, or no more descriptors: a member's end will free some
-            return
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # until some are free again, there is nothing to listen for
+                self._selector.unregister(self._listener)
+                self._after(0.1, lambda: self._selector.register(self._listener, selectors.EVENT_READ))
+            return  # or the stranger has gone again
         sock.setblocking(False)
         wire.watch_link(sock)
-        peer = self._peers[sock] = _Peer(sock)
+        peer = self._peers[sock] = self._strangers[sock] = _Peer(sock)
         self._selector.register(sock, selectors.EVENT_READ)
-        strangers = [other for other in self._peers.values() if other.rank is None]
-        if len(strangers) > MAX_STRANGERS:
-            self._drop(strangers[0], "too many strangers")
+        if len(self._strangers) > MAX_STRANGERS:
+            self._drop(next(iter(self._strangers.values())), "too many strangers")
         self._after(PATIENCE, lambda: self._drop(peer, "did not prove anything") if peer.rank is None else None)
         self._send(peer, {"commlayer": 1, "nonce": peer.nonce})
 
@@ -161,6 +171,7 @@ class Hub(threading.Thread):
             self._send(peer, {"refused": f"rank {rank} is connected already: is another job using this port?"})
             return self._drop(peer, "a second one")
         peer.rank = rank
+        del self._strangers[peer.sock]
         self._members[rank] = peer
         self._send(peer, {"proof": wire.proof(self._secret, "hub", nonce, peer.nonce), "job": self.job})
         for other, why in self.lost.items():
@@ -185,6 +196,7 @@ class Hub(threading.Thread):
     def _drop(self, peer: _Peer, why: str) -> None:
         if self._peers.pop(peer.sock, None) is None:
             return
+        self._strangers.pop(peer.sock, None)
         self._selector.unregister(peer.sock)
         peer.sock.close()
         if peer.rank is None:
@@ -236,12 +248,15 @@ class Hub(threading.Thread):
         self._send(peer, {"id": header["id"], "found": all(key in self._values for key in header["keys"])})
 
     def _do_get(self, peer: _Peer, header: Header, body: bytes) -> None:
-        """Answered once all keys are there; who asks knows how long to wait."""
+        """Answered once all keys are there, or one of the ranks concerned is lost."""
         keys, number = [_text(key) for key in header["keys"]], header["id"]
+        ranks = frozenset(header["ranks"])
 
         def attempt() -> None:
             missing = next((key for key in keys if key not in self._values), None)
-            if missing is None:
+            if missing is not None and (gone := sorted(ranks & self.lost.keys())):
+                self._send(peer, {"id": number, "lost": gone[0], "why": self.lost[gone[0]]})
+            elif missing is None:
                 values = [self._values[key] for key in keys]
                 self._send(peer, {"id": number, "sizes": [len(value) for value in values]}, b"".join(values))
             else:
@@ -253,7 +268,20 @@ class Hub(threading.Thread):
         """Answered to all with everybody's body, once everybody has come; with who is missing, if that cannot be."""
         key, ranks = _text(header["key"]), [int(rank) for rank in header["ranks"]]
         assert peer.rank is not None
-        self._answer(self._meetings.join(key, peer.rank, header["id"], ranks, body, self.lost))
+        generation = _number(key.split("/")[0])
+
+        def why_not(rank: int) -> str | None:
+            left = self._left.get(rank, -1) >= generation
+            return self.lost.get(rank, "it has left the job" if left else None)
+
+        self._answer(self._meetings.join(key, peer.rank, header["id"], ranks, body, why_not))
+        # A rank's other thread may be about to come: what is stuck for this long will stay so.
+        if stuck := self._meetings.stuck():
+            self._after(KNOT, lambda: self._untie(stuck))
+
+    def _untie(self, before: set[str]) -> None:
+        if before and before == self._meetings.stuck() & before:
+            self._answer(self._meetings.untie(before))
 
     def _do_give_up(self, peer: _Peer, header: Header, body: bytes) -> None:
         assert peer.rank is not None
@@ -267,6 +295,10 @@ class Hub(threading.Thread):
     def _absent(self, rank: int, why: str) -> None:
         """This rank will come to no meeting and answer no question."""
         self._answer(self._meetings.absent(rank, why))
+        waiting, self._wanted = self._wanted, {}
+        for attempts in waiting.values():
+            for attempt in attempts:
+                attempt()
         for waiting_for, _, answer in list(self._questions.values()):
             waiting_for.discard(rank)
             if not waiting_for:
@@ -275,12 +307,15 @@ class Hub(threading.Thread):
     def _do_bye(self, peer: _Peer, header: Header, body: bytes) -> None:
         """A rank has finalized: what it took part in, by group."""
         assert peer.rank is not None
+        self._left[peer.rank] = max(self._left.get(peer.rank, 0), int(header["generation"]))
         prefix = f"{header['generation']}/"
         self._answer(self._meetings.absent(peer.rank, "it has left the job", prefix))
         self._tell({"event": "left", "rank": peer.rank, **_some(header, "generation", "ends")}, but=peer.rank)
 
     def _do_exit(self, peer: _Peer, header: Header, body: bytes) -> None:
         peer.exiting = True
+        assert peer.rank is not None
+        self._left[peer.rank] = sys.maxsize
         self._drop(peer, "it has left the job")
 
     def _do_tell(self, peer: _Peer, header: Header, body: bytes) -> None:
@@ -322,6 +357,15 @@ class Hub(threading.Thread):
                 answer()
 
 
+def _allow_descriptors(count: int) -> None:
+    """The usual limit of 1024 open files is too low for the hub of a large job."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise LaunchError(f"rank 0 needs {count} open files for its connections, and may have {hard} (ulimit -Hn)")
+    if soft != resource.RLIM_INFINITY and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+
 def _text(key: Any) -> str:
     if not isinstance(key, str):
         raise wire.Malformed(f"the key {key!r}")
@@ -330,6 +374,10 @@ def _text(key: Any) -> str:
 
 def _some(header: Header, *names: str) -> Header:
     return {name: header[name] for name in names}
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdigit() else 0
 
 
 def _family(address: str) -> socket.AddressFamily:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,9 +31,15 @@ class Meetings:
         return len(self._open)
 
     def join(
-        self, key: str, rank: int, number: int, ranks: Sequence[int], payload: bytes, lost: dict[int, str]
+        self,
+        key: str,
+        rank: int,
+        number: int,
+        ranks: Sequence[int],
+        payload: bytes,
+        why_not: Callable[[int], str | None],
     ) -> Answers:
-        """A rank has come; the answers that this allows."""
+        """A rank has come; the answers that this allows. ``why_not``: why another one never will, if so."""
         if key in self._cancelled:
             return [(rank, number, self._cancelled[key], b"")]
         meeting = self._open.setdefault(key, _Meeting(tuple(ranks)))
@@ -42,12 +48,16 @@ class Meetings:
         if not missing:
             del self._open[key]
             rows = [meeting.payloads[member] for member in meeting.ranks]
-            header = {"sizes": [len(row) for row in rows]}
-            return [(member, asked, header, b"".join(rows)) for member, asked in meeting.numbers.items()]
+            header: dict[str, Any]
+            if rows.count(rows[0]) == len(rows):  # the common case, and in large jobs it makes all the difference
+                header, body = {"same": len(rows)}, rows[0]
+            else:
+                header, body = {"sizes": [len(row) for row in rows]}, b"".join(rows)
+            return [(member, asked, header, body) for member, asked in meeting.numbers.items()]
         for member in missing:
-            if member in lost:
-                return self._cancel(key, {"lost": member, "why": lost[member]})
-        return self._knots()
+            if (why := why_not(member)) is not None:
+                return self._cancel(key, {"lost": member, "why": why})
+        return []
 
     def give_up(self, key: str, rank: int) -> Answers:
         """One of them will not wait any longer."""
@@ -69,25 +79,29 @@ class Meetings:
         self._cancelled[key] = header
         return [(rank, number, header, b"") for rank, number in meeting.numbers.items()]
 
-    def _knots(self) -> Answers:
-        """Cancel meetings that wait for each other, since their ranks came to them in different orders.
+    def stuck(self) -> set[str]:
+        """Meetings that wait for each other, since their ranks came to them in different orders.
 
         A meeting can still happen if everybody it misses is free, or is in a meeting that can happen.
         """
-        stuck = dict(self._open)
+        stuck = dict(self._open) if len(self._open) > 1 else {}
         while True:
             waiting = {rank for meeting in stuck.values() for rank in meeting.numbers}
             hopeful = [key for key, meeting in stuck.items() if not waiting.intersection(meeting.missing())]
             if not hopeful:
-                break
+                return set(stuck)
             for key in hopeful:
                 del stuck[key]
+
+    def untie(self, keys: set[str]) -> Answers:
+        """Cancel these, which wait for each other, and tell their ranks what each of them brought."""
+        meetings = [self._open[key] for key in keys]
         brought = {
             str(rank): payload.decode(errors="replace")
-            for meeting in stuck.values()
+            for meeting in meetings
             for rank, payload in meeting.payloads.items()
         }
         answers: Answers = []
-        for key in stuck:
+        for key in keys:
             answers += self._cancel(key, {"knot": brought})
         return answers

@@ -25,7 +25,7 @@ def fresh() -> bytes:
 def of_job(job: str, env: Mapping[str, str] = os.environ) -> bytes:
     """COMMLAYER_SECRET where it is set, else derived from the user's key. Raises LaunchError."""
     given = env.get("COMMLAYER_SECRET")
-    key = given.encode() if given else _key(key_file(env))
+    key = given.encode() if given else _key(env)
     return hmac.new(key, job.encode(), hashlib.sha256).digest()
 
 
@@ -34,9 +34,10 @@ def key_file(env: Mapping[str, str] = os.environ) -> Path:
     return Path(folder) / "commlayer" / "key"
 
 
-def _key(path: Path) -> bytes:
+def _key(env: Mapping[str, str]) -> bytes:
     remedy = "set COMMLAYER_SECRET to the same random text on every rank"
     try:
+        path = key_file(env)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             aside = path.with_name(f"key.{os.getpid()}.{secrets.token_hex(4)}")
@@ -56,6 +57,6 @@ def _key(path: Path) -> bytes:
             if len(key) >= 32:
                 return key
             time.sleep(0.1)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         raise LaunchError(f"no secret for the control channel: {error}; {remedy}") from error
     raise LaunchError(f"{path}: is damaged ({len(key)} bytes); delete it, or {remedy}")

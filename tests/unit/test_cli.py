@@ -18,6 +18,7 @@ from commlayer.capability import OPS, shipped_profiles
 from commlayer.cli import app, backends, console
 from commlayer.cli import launch as cli_launch
 from commlayer.launch import Launch
+from commlayer.probe import find_mpiexec
 from tests.unit.test_launch import (
     CRAY,
     FLUX,
@@ -41,7 +42,7 @@ MPICH = ["4.1.2", "MPICH Version:      5.0.2\nMPICH Release date: today\0", "MPI
 OPEN_MPI = ["4.1.2", "Open MPI v5.0.8, package: x, ident: 5.0.8", "Open MPI"]
 # A parameter whose id is "mpi" would be taken for the mark of pytest-mpi, hence the other ids below.
 needs_mpi = pytest.mark.skipif(
-    importlib.util.find_spec("mpi4py") is None or backends.find_mpiexec() is None, reason="no mpi4py or mpiexec"
+    importlib.util.find_spec("mpi4py") is None or find_mpiexec() is None, reason="no mpi4py or mpiexec"
 )
 
 
@@ -365,7 +366,7 @@ def test_torchrun_is_the_default():
 def test_mpiexec_for_mpi():
     line = dry("-n", "3", "--backend", "mpi", "--with", "-ppn 3", "x.py").stdout
     assert line.startswith("COMMLAYER_BACKEND=mpi ")
-    assert f" {backends.find_mpiexec()} -n 3 -ppn 3 {sys.executable} -u x.py\n" in line
+    assert f" {find_mpiexec()} -n 3 -ppn 3 {sys.executable} -u x.py\n" in line
     assert line == dry("-n", "3", "--with", "-ppn 3", "x.py", env={"COMMLAYER_BACKEND": "MPI"}).stdout
 
 

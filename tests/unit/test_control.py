@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -90,16 +91,22 @@ def test_keys_and_values(job):
 
 
 def test_the_hub_is_a_torch_store(job):
-    inner = HubStore(job.clients[1], 5)  # C++ alone would not keep it alive
+    inner = HubStore(job.clients[1], 5, "q/", [0, 1])  # C++ alone would not keep it alive
     store = dist.PrefixStore("p", inner)
     store.set("a", "text")
     assert store.get("a") == b"text"
     assert store.add("n", 2) == 2
-    assert job.clients[0].get(["p/a"], 5) == [b"text"]
+    assert job.clients[0].get(["q/p/a"], 5) == [b"text"]
     assert store.compare_set("c", "", "first") == b"first"
     assert store.check(["a"])
     assert store.delete_key("a")
     assert not store.check(["a"])
+    threading.Timer(0.1, lambda: job.kill(2)).start()
+    with pytest.raises(CommTimeout):  # rank 2 has nothing to do with it
+        store.wait(["never"], timedelta(seconds=0.4))
+    threading.Timer(0.1, lambda: job.kill(0)).start()
+    with pytest.raises(PeerLost, match="rank 0 is lost"):
+        store.wait(["never"], timedelta(seconds=30))
 
 
 def test_a_meeting_brings_everybody_everything(job):

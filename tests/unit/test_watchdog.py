@@ -279,19 +279,37 @@ def test_a_job_listens_on_the_loopback_alone(tmp_path, launcher):
     assert set(result) <= {"said 0100007F", "said 0000000000000000FFFF00000100007F"}
 
 
-def test_finalize_and_exit_wait_for_nobody(tmp_path):
-    """Rank 1 sleeps long after rank 0 has ended its work."""
+def test_init_names_who_is_missing(tmp_path):
     program = """
+        import os, sys, time
+        import commlayer
+        if os.environ["RANK"] == "1":
+            time.sleep(6)
+            os._exit(0)
+        try:
+            commlayer.init(timeout=2)
+        except commlayer.CommTimeout as error:
+            sys.stdout.write(f"said {'rank 1' in str(error)}\\n")
+        os._exit(0)
+    """
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29641", "COMMLAYER_BACKEND": "gloo", "COMMLAYER_LAUNCHER": ""}
+    assert "said True" in job("torchrun", 3, program, tmp_path, **env).stdout
+
+
+@pytest.mark.parametrize("work", ["pass", "commlayer.all_reduce(torch.ones(1), async_op=True)"])
+def test_finalize_and_exit_wait_for_nobody(tmp_path, work):
+    """Rank 1 sleeps long after rank 0 has ended its work, perhaps with an operation that rank 1 never joins."""
+    program = f"""
         import os, sys, time
         import torch, commlayer
         world = commlayer.init()
         commlayer.all_reduce(torch.ones(1))
         if world.rank == 1:
-            os.write(1, b"")
-            time.sleep(30)
+            time.sleep(40)
+        {work}
         start = time.monotonic()
         commlayer.finalize()
-        sys.stdout.write(f"said {time.monotonic() - start < 1}\\n")
+        sys.stdout.write(f"said {{time.monotonic() - start < 8}}\\n")
         sys.stdout.flush()
     """
     script = tmp_path / "program.py"
