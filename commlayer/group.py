@@ -243,7 +243,7 @@ class Group:
             return Group(Single(self.device, self.timeout), world_ranks, alone, self._policy, dog=dog)
         assert self._comm.seat is not None
         control, generation = self._comm.seat.control, self._comm.seat.generation
-        seat = Seat(control, generation, dog.label(world_ranks), world_ranks)
+        seat = Seat(control, generation, dog.label(world_ranks), world_ranks, self._comm.progress)
         # Making a communicator blocks, on MPI without a deadline: so not before everybody is there.
         seat.meet("made", b"", self.timeout)
         comm = self._comm.subgroup(members, seat)

@@ -6,6 +6,7 @@ Through the control channel, since the backend is what would hang or return wron
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,34 @@ def compare(op: Operation) -> str:
     return f"{op.label()}: ranks differ in {differing}:{_table(calls)}" if differing else ""
 
 
+def announce(op: Operation, messages: Counter[tuple[int, int, int]]) -> None:
+    """Say what a message holds, and note where to look for what the one to be received holds."""
+    comm, tag, (sent, expected) = op.watch.comm, op.detail("tag"), op.detail("sizes")
+    assert comm.seat is not None
+
+    def place(src: int, dst: int) -> str:
+        messages[src, dst, tag] += 1
+        return f"message {messages[src, dst, tag]} of tag {tag} from {src} to {dst}"
+
+    if sent is not None:
+        comm.seat.set(place(comm.rank, op.peers[-1]), json.dumps([sent, str(op.dtype), op.site()]).encode())
+    if expected is not None:
+        op.expected = place(op.peers[0], comm.rank)
+
+
+def message(op: Operation) -> str:
+    """How a message differs from what is expected of it; "" where it does not. Waits for its sender."""
+    comm, (_, expected) = op.watch.comm, op.detail("sizes")
+    assert comm.seat is not None
+    sent, dtype, site = json.loads(comm.seat.take(op.expected, op.peers[0], comm.limit(op.timeout)))
+    if (sent, dtype) == (expected, str(op.dtype)):
+        return ""
+    return (
+        f"{op.expected}: {sent} elements of {dtype.removeprefix('torch.')} are sent at {site}, "
+        f"{expected} of {str(op.dtype).removeprefix('torch.')} expected at {op.site()}"
+    )
+
+
 def nonfinite(op: Operation, x: torch.Tensor) -> int:
     """How many of the values that this rank sends are NaN or infinite."""
     if not (x.is_floating_point() or x.is_complex()) or x.dtype.itemsize == 1 or op.name == "recv":
@@ -50,7 +79,7 @@ def nonfinite(op: Operation, x: torch.Tensor) -> int:
 def _signature(op: Operation) -> dict[str, Any]:
     """What must agree, by the words that a difference is reported in."""
     shape = None if op.shape is None else list(op.shape)
-    root, dim, sizes = (op.detail(name) for name in DETAILS)
+    root, dim, sizes, _ = (op.detail(name) for name in DETAILS)
     if shape and dim is not None and (op.name == "all_to_all" or (sizes and op.name in ("all_gather", "gather"))):
         shape[dim] = -1  # the extents differ by design
     return {

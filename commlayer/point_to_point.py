@@ -34,7 +34,9 @@ def send(
     tag = check_tag(tag)
     if x.requires_grad and torch.is_grad_enabled():
         raise UnsupportedOperation("send has no gradient, and x requires one; use sendrecv, or send x.detach()")
-    call = g.watch.begin("send", x, peers=(dst,), timeout=check_timeout(timeout))
+    call = g.watch.begin(
+        "send", x, details=(None, None, (x.numel(), None), tag), peers=(dst,), timeout=check_timeout(timeout)
+    )
     return call.run(lambda: (None, g.flat.send(flat(x), dst, tag) if x.numel() else Work()), async_op)
 
 
@@ -59,7 +61,9 @@ def recv(
     src = check_rank(src, g, "src")
     tag = check_tag(tag)
     result, buffer, finish = destination(x.shape, x.new_empty(0), x)
-    call = g.watch.begin("recv", x, peers=(src,), timeout=check_timeout(timeout))
+    call = g.watch.begin(
+        "recv", x, details=(None, None, (None, x.numel()), tag), peers=(src,), timeout=check_timeout(timeout)
+    )
     return call.run(lambda: finished(result, g.flat.recv(buffer, src, tag) if x.numel() else Work(), finish), async_op)
 
 
@@ -103,5 +107,11 @@ def sendrecv(
         return sendrecv(grad, dst=src, src=dst, like=shaped(x.shape, grad), tag=tag, group=g)
 
     check_gradient("sendrecv", x, out)
-    call = g.watch.begin("sendrecv", x, peers=(src, dst), timeout=check_timeout(timeout))
+    call = g.watch.begin(
+        "sendrecv",
+        x,
+        details=(None, None, (x.numel(), template.numel()), tag),
+        peers=(src, dst),
+        timeout=check_timeout(timeout),
+    )
     return launch(call, x, async_op, start, adjoint)

@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,7 +36,13 @@ LENGTH = 512  # operations kept
 _INSIDE = tuple(str(Path(module).parent) + os.sep for module in (__file__, torch.__file__))
 _now = time.perf_counter_ns
 
-DETAILS = ("root", "dim", "sizes")
+
+@cache
+def _is_inside(path: str) -> bool:
+    return path.startswith(_INSIDE)
+
+
+DETAILS = ("root", "dim", "sizes", "tag")
 Details = Sequence[Any]  # the values of these, as far as an operation has them
 
 
@@ -56,6 +62,8 @@ class Watched(Protocol):
 
     def interrupt(self, op: Operation, error: BaseException, /) -> None: ...
 
+    def compare_message(self, op: Operation, /) -> None: ...
+
 
 class Operation:
     """One public call on a group; times are nanoseconds of ``time.perf_counter_ns``.
@@ -70,6 +78,7 @@ class Operation:
     end = 0
     error = ""
     waiting = False  # whether somebody is inside it
+    expected = ""  # under COMMLAYER_DEBUG: where the sender of a message says what it sends
     handle: weakref.ref[Handle] | None = None
 
     def __init__(
@@ -88,7 +97,7 @@ class Operation:
         self.dtype: torch.dtype | None
         self.shape, self.dtype = (None, None) if x is None else (x.shape, x.dtype)
         frame = sys._getframe(2)
-        while frame.f_code.co_filename.startswith(_INSIDE) and frame.f_back is not None:
+        while _is_inside(frame.f_code.co_filename) and frame.f_back is not None:
             frame = frame.f_back
         self.where = (frame.f_code, frame.f_lasti)
         self.start = _now()
@@ -99,6 +108,8 @@ class Operation:
         comm.deadline = self.start * 1e-9 + (self.timeout or comm.timeout)
         self.waiting = True
         try:
+            if self.expected and not async_op:
+                self.watch.compare_message(self)
             result, work = start()
             if async_op:
                 self.waiting = False
@@ -199,6 +210,8 @@ class Handle(Work):
             operation.waiting = True
             operation.watch.expect(operation)
             try:
+                if operation.expected:
+                    operation.watch.compare_message(operation)
                 self._work.wait(limit)
             except CommError as error:
                 self._work = None

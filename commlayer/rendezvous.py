@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from commlayer.control import Client, Hub, secret
-from commlayer.control.client import named
+from commlayer.control.ranks import named
 from commlayer.errors import CommError, CommTimeout, LaunchError
 from commlayer.launch import Launch, mpi_importable
 
@@ -43,6 +43,13 @@ def join(launch: Launch, rank: int, size: int, timeout: float, by_mpi: bool, sto
         except RuntimeError as error:  # of torch's stores
             raise CommTimeout(f"rank {rank} of {size} could not reach the job's store: {error}") from error
     return _client
+
+
+def fail(why: str) -> None:
+    """Tell the other ranks, if there is a channel, that this one's init has failed."""
+    if _client is not None:
+        with suppress(CommError):
+            _client.tell({"event": "failed", "why": why})
 
 
 def forget() -> None:

@@ -19,7 +19,7 @@ from commlayer.backends.base import Communicator
 from commlayer.control import Client
 from commlayer.control.local import Board, Local
 from commlayer.control.seat import Seat
-from commlayer.errors import CommError, PeerLost, UnsupportedOperation
+from commlayer.errors import BackendUnavailable, CommError, PeerLost, UnsupportedOperation
 from commlayer.group import Group
 from commlayer.launch import Launch, discover
 from commlayer.recorder import Recorder
@@ -35,6 +35,7 @@ _launch: Launch | None = None
 _control: Client | None = None
 _dog: Watchdog | None = None  # of the last world
 _generation = 0  # how often init has connected
+_timeout = DEFAULT_TIMEOUT  # of the last world, in seconds
 _started_torch = False  # by us, so it ends with us
 _thread = threading.local()  # .world, in a thread of run_local
 
@@ -49,7 +50,7 @@ def init(backend: str | None = None, *, timeout: float | None = None) -> Group:
 
     Raises LaunchError, BackendUnavailable, CommTimeout; ValueError for settings, or a second, different backend.
     """
-    global _world, _launch, _generation, _control, _dog
+    global _world, _launch, _generation, _control, _dog, _timeout
     if timeout is not None:
         timeout = checked_timeout(timeout)
     if backend is not None and not isinstance(backend, str):
@@ -68,15 +69,21 @@ def init(backend: str | None = None, *, timeout: float | None = None) -> Group:
     _at_the_end()
     _dog = None
     comm: Communicator
-    if dist.is_initialized() and wanted in ("auto", dist.get_backend()):
-        comm, _control, _launch = bootstrap.wrap(limit, _generation + 1)
-    else:
-        _launch = discover()
-        chosen = bootstrap.choose(_launch) if wanted == "auto" else wanted
-        comm, _control = bootstrap.connect(chosen, _launch, limit or DEFAULT_TIMEOUT, _generation + 1)
-    _generation += 1  # on every rank alike, as it would not be if failures counted
-    _world = _make_world(comm, _control, settings)
-    _dog = _world.watch.dog
+    try:
+        if dist.is_initialized() and wanted in ("auto", dist.get_backend()):
+            comm, _control, _launch = bootstrap.wrap(limit, _generation + 1)
+        else:
+            _launch = discover()
+            chosen = bootstrap.choose(_launch) if wanted == "auto" else wanted
+            comm, _control = bootstrap.connect(chosen, _launch, limit or DEFAULT_TIMEOUT, _generation + 1)
+        _generation += 1  # on every rank alike, as it would not be if failures counted
+        _world = _make_world(comm, _control, settings)
+    except (BackendUnavailable, ValueError):  # alike on every rank: they may try another backend
+        raise
+    except BaseException as error:
+        rendezvous.fail(said(error))
+        raise
+    _dog, _timeout = _world.watch.dog, comm.timeout
     return _world
 
 
@@ -107,7 +114,7 @@ def _make_world(comm: Communicator, control: Client | Local | None, settings: Se
     )
     if control is not None:
         ranks = range(comm.size)
-        comm.seat = Seat(control, generation, dog.label(ranks), ranks)
+        comm.seat = Seat(control, generation, dog.label(ranks), ranks, comm.progress)
         control.listen(dog.on_event)
     capabilities = bootstrap.capabilities(comm, settings)
     return Group(comm, range(comm.size), capabilities, settings.fallback, dog=dog)
@@ -244,7 +251,8 @@ def _leave() -> None:
             from commlayer.backends import mpi
 
             mpi.end(_is_broken, lambda: _dog is not None and _dog.everybody_gone(), LINGER)
-        rendezvous.leave(LINGER)
+        # The hub serves the others as long as they are there, but not those that cannot be helped.
+        rendezvous.leave(LINGER if _is_broken() else _timeout)
         if signal.getsignal(signal.SIGUSR1) not in (signal.SIG_DFL, signal.SIG_IGN):
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # hydra sends it as ranks leave; Python would reset a handler
 

@@ -10,6 +10,7 @@ import math
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -18,12 +19,13 @@ import torch
 
 from commlayer import errors, mismatch
 from commlayer.backends.base import Communicator
+from commlayer.control.ranks import compact
 from commlayer.control.seat import Control
 from commlayer.errors import CollectiveMismatch, CommError, CommTimeout, NonFinite, PeerLost, UnsupportedOperation
 from commlayer.recorder import Details, Operation, Recorder
 from commlayer.reduce_op import ReduceOp
 
-ASKING = 0.4  # seconds for the others to say where they are
+ASKING = 0.3  # seconds for the others to say where they are
 NEWS = 1.0  # seconds that news of a lost rank may take, when the backend has noticed first
 GRACE = 2.0  # seconds for messages of a rank that has left to arrive
 
@@ -68,7 +70,7 @@ class Watchdog:
                 self.control.here(event["token"], None if watch is None else watch.place())
         elif kind == "lost":
             self._lose(event["rank"], event["why"])
-        elif kind == "failed":
+        elif kind == "failed":  # of threads; the hub makes it a loss
             self._lose(event["from"], event["why"])
         elif kind == "left" and event["generation"] == self.generation:
             self._leave(event["rank"], event["ends"])
@@ -143,6 +145,9 @@ class Watch:
         self.failure: tuple[type[CommError], str, str] | None = None  # kind, reason, and the call that met it first
         self.trace = dog.trace
         self._bound = math.inf  # collectives that can still happen
+        self.messages: Counter[tuple[int, int, int]] = (
+            Counter()
+        )  # under COMMLAYER_DEBUG, by source, destination and tag
         self._checks = (dog.debug or dog.check_nan) and comm.size > 1
         self._record = dog.recorder.operations.append
         if comm.size > 1:
@@ -301,12 +306,21 @@ class Watch:
         shown = "; ".join(reasons[:16]) + (f"; and {len(reasons) - 16} more" if len(reasons) > 16 else "")
         return f"{text}; {shown}"
 
+    def compare_message(self, op: Operation) -> None:
+        """CollectiveMismatch, on all ranks, where the sender does not send what is expected here."""
+        differing = mismatch.message(op)
+        if differing:
+            self._break(op, CollectiveMismatch, differing)
+            raise CollectiveMismatch(differing)
+
     def _check(self, op: Operation, x: torch.Tensor | None) -> None:
         """What COMMLAYER_DEBUG and COMMLAYER_CHECK_NAN ask for, before anything is communicated."""
         differing = ""
         try:
             if self.dog.debug and op.seq is not None:
                 differing = mismatch.compare(op)
+            elif self.dog.debug:
+                mismatch.announce(op, self.messages)
             if not differing and self.dog.check_nan and x is not None and (count := mismatch.nonfinite(op, x)):
                 me = self.ranks[self.comm.rank]
                 raise NonFinite(f"rank {me} was about to send {count} of {x.numel()} values that are NaN or infinite")
@@ -321,14 +335,3 @@ def said(error: BaseException) -> str:
     """What the other ranks are told of an error."""
     text = (str(error).splitlines() or [""])[0]
     return f"it raised {type(error).__name__}: {text}"[:500]
-
-
-def compact(ranks: Sequence[int]) -> str:
-    """Ranks in their order, runs joined: ``0-3,8``."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -103,6 +103,10 @@ class Communicator(ABC, Collectives):
             return timeout
         return self.timeout if self.deadline is None else max(self.deadline - time.perf_counter(), 1e-3)
 
+    def progress(self) -> None:
+        """Let messages under way move on, where that takes calls (MPI)."""
+        return None
+
     def fail(self, error: CommError) -> None:
         """Give up, from any thread: whoever waits here is woken with an error. Does not block."""
         self.failure = error

@@ -7,10 +7,13 @@ ranks (MPI 4.1, section 6.12), and only a request that is tested can have a dead
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from typing import Any
 
@@ -63,7 +66,7 @@ CONTROL_TAG = 1 << 17
 
 _address = MPI.buffer.fromaddress
 
-ABORT = 3.0  # seconds that MPI_Abort may take
+ABORT = 3  # seconds that MPI_Abort may take
 
 # A sleep this short lasts about 60 microseconds on Linux (the timer's slack), and grows to the longest.
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 1e-6, 1e-4
@@ -129,9 +132,10 @@ class Pending(Work):
     def __del__(self) -> None:
         # Dropped without wait(): MPI may still write into the tensors, so they stay alive with the request.
         if not getattr(self, "_finished", True) and not MPI.Is_finalized():
-            _reap()
-            if not self._request.Test():
-                _abandoned.append((self._request, self._tensors))
+            with _reaping:
+                _reap()
+                if not self._request.Test():
+                    _abandoned.append((self._request, self._tensors))
 
 
 class Received(Pending):
@@ -174,7 +178,7 @@ class MpiCommunicator(Communicator):
         self.rank = comm.rank
         self.size = comm.size
         self.timeout = timeout
-        self.spin = _spin(comm) if spin is None else spin
+        self.spin = _in_time(lambda: _spin(comm), timeout) if spin is None else spin
 
     def version(self) -> str:
         return " ".join(MPI.Get_library_version().split("\n")[0].strip("\0 ").split())
@@ -258,7 +262,7 @@ class MpiCommunicator(Communicator):
     def subgroup(self, ranks: Sequence[int], seat: Seat) -> MpiCommunicator:
         group = self._comm.Get_group().Incl(list(ranks))
         try:
-            comm = self._comm.Create_group(group, tag=0)
+            comm = _in_time(lambda: self._comm.Create_group(group, tag=0), self.timeout)
             made = MpiCommunicator(comm, self.timeout, self.spin)
             made.seat = seat
             return made
@@ -266,6 +270,9 @@ class MpiCommunicator(Communicator):
             raise translate(error, f"making a group of {len(ranks)} ranks") from error
         finally:
             group.Free()
+
+    def progress(self) -> None:
+        MPI.COMM_WORLD.Iprobe()
 
     def _even(self, x: torch.Tensor) -> tuple[Any, int, Any]:
         # For mpi4py, the count of a buffer with a share for every rank is that of one share.
@@ -282,9 +289,13 @@ class MpiCommunicator(Communicator):
                 comm.Free()
 
 
+_reaping = threading.RLock()  # a garbage collector may drop requests in any thread
+
+
 def _reap() -> None:
     """Let go of requests that were dropped unfinished and have finished since."""
-    _abandoned[:] = [entry for entry in _abandoned if isinstance(entry, Pending) or not entry[0].Test()]
+    with _reaping:
+        _abandoned[:] = [entry for entry in _abandoned if isinstance(entry, Pending) or not entry[0].Test()]
 
 
 def _spin(comm: MPI.Intracomm) -> float:
@@ -299,6 +310,25 @@ def _spin(comm: MPI.Intracomm) -> float:
 def world(timeout: float) -> MpiCommunicator:
     """All ranks the MPI launcher started, on a communicator of the layer's own."""
     return _translated(lambda: MpiCommunicator(_duplicate(MPI.COMM_WORLD, timeout), timeout))
+
+
+def _in_time(call: Callable[[], Any], timeout: float) -> Any:
+    """The value of a blocking call. Raises CommTimeout; the thread that is inside it then stays there."""
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        return call()
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="commlayer-mpi", daemon=True).start()
+    try:
+        return future.result(timeout)
+    except FutureTimeout:
+        raise CommTimeout(f"making a communicator: not finished after {timeout:g} s") from None
 
 
 def _duplicate(comm: MPI.Intracomm, timeout: float) -> MPI.Intracomm:
@@ -357,10 +387,9 @@ def end(broken: Callable[[], bool], everybody_gone: Callable[[], bool], linger: 
     if broken():
         sys.stdout.flush()
         sys.stderr.flush()
-        # It asks the launcher, which cannot answer where a link is cut.
-        timer = threading.Timer(ABORT, os._exit, [1])
-        timer.daemon = True
-        timer.start()
+        # It asks the launcher, which cannot answer where a link is cut. (No thread can be started at exit.)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(ABORT)
         MPI.COMM_WORLD.Abort(1)
 
 

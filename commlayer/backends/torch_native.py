@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -106,7 +106,8 @@ class TorchCommunicator(Communicator):
         self._posted: Counter[tuple[int, int, int]] = Counter()
         self._fetched: Counter[tuple[int, int, int]] = Counter()
         self._reduce_options: dict[str, Any] = {}
-        self._abandoned: list[Any] = []
+        self._messages: deque[Any] = deque()  # that nobody waits for, and so the collectives
+        self._collectives: deque[Any] = deque()
         self._ending = threading.Lock()  # nobody else holds the group while it is closed
         self._batched = name in BATCHED and getattr(group, "supports_coalescing", True)
         self._alone = Single(device, timeout)  # for messages to oneself, which gloo refuses
@@ -278,9 +279,13 @@ class TorchCommunicator(Communicator):
 
     def adopt(self, work: Any, message: bool, tensors: Any) -> None:
         """Keep what nobody waits for until it is complete."""
-        self._abandoned = [entry for entry in self._abandoned if entry[1] or not entry[0].is_completed()]
-        if message or not work.is_completed():
-            self._abandoned.append((work, message, tensors))
+        # A garbage collector may call this from any thread: deques alone are safe then.
+        if message:
+            self._messages.append((work, tensors))  # whether one is complete can only be found out by waiting
+        elif not work.is_completed():
+            while self._collectives and self._collectives[0].is_completed():
+                self._collectives.popleft()
+            self._collectives.append(work)
 
     def close(self, end: float = 0.0) -> None:
         """Join the process group's worker threads, by dropping the last reference to it.
@@ -288,15 +293,16 @@ class TorchCommunicator(Communicator):
         They must not outlive the interpreter: a worker that lets go of a tensor during shutdown asks for the GIL and
         ends in std::terminate (torch 2.13, gloo).
         """
-        for work, message, _ in self._abandoned:
-            if message:
-                with suppress(RuntimeError):  # a peer that never took it, or has left
-                    work.wait(timedelta(seconds=max(end - time.monotonic(), 1e-3)))
-            while not message and not work.is_completed() and self.failure is None:
+        for work, _ in self._messages:
+            with suppress(RuntimeError):  # a peer that never took it, or has left
+                work.wait(timedelta(seconds=max(end - time.monotonic(), 1e-3)))
+        for work in self._collectives:
+            while not work.is_completed() and self.failure is None:
                 if time.monotonic() > end:
                     self.fail(CommError("closed while a collective was unfinished"))
                 time.sleep(0.002)
-        self._abandoned.clear()
+        self._messages.clear()
+        self._collectives.clear()
         with self._ending:
             group, self.group = self.group, Closed()
         if self.owned and self.name != "gloo" and hasattr(group, "shutdown"):

@@ -16,12 +16,13 @@ from typing import Any
 
 from commlayer.control import wire
 from commlayer.control.hub import Hub
+from commlayer.control.ranks import compact, named
 from commlayer.errors import CollectiveMismatch, CommError, CommTimeout, LaunchError, PeerLost
 
 Event = dict[str, Any]
 _REMEDY = "where hosts do not share the user's files, set COMMLAYER_SECRET to the same random text on every rank"
 _RETRY = 0.05  # seconds between attempts to connect
-_GRACE = 0.3  # seconds that the hub may take to answer what it has at hand
+_GRACE = 0.2  # seconds that the hub may take to answer what it has at hand
 
 
 class Knot(CollectiveMismatch):
@@ -80,10 +81,12 @@ class Client:
     def set(self, key: str, value: bytes) -> None:
         self._send({"do": "set", "key": key}, value)
 
-    def get(self, keys: Sequence[str], timeout: float, ranks: Sequence[int] = ()) -> list[bytes]:
+    def get(
+        self, keys: Sequence[str], timeout: float, ranks: Sequence[int] = (), idle: Callable[[], None] | None = None
+    ) -> list[bytes]:
         """The values of these keys, once all are there. Raises CommTimeout; PeerLost where one of ``ranks`` dies."""
-        request = {"do": "get", "keys": list(keys), "ranks": list(ranks)}
-        header, body = self._ask(request, timeout=timeout, what=f"waiting for {keys[0]}")
+        request = {"do": "get", "keys": list(keys), "ranks": compact(tuple(ranks))}
+        header, body = self._ask(request, timeout=timeout, what=f"waiting for {keys[0]}", idle=idle)
         if "lost" in header:
             raise PeerLost(f"waiting for {keys[0]}: rank {header['lost']} is lost: {header['why']}")
         return _split(body, header["sizes"])
@@ -101,15 +104,17 @@ class Client:
     def check(self, keys: Sequence[str]) -> bool:
         return self._ask({"do": "check", "keys": list(keys)})[0]["found"]
 
-    def meet(self, key: str, ranks: Sequence[int], payload: bytes, timeout: float) -> list[bytes]:
+    def meet(
+        self, key: str, ranks: Sequence[int], payload: bytes, timeout: float, idle: Callable[[], None] | None = None
+    ) -> list[bytes]:
         """Everybody's payload, once all these ranks (world ranks) have come with the same key.
 
-        Raises CommTimeout naming who has not come, PeerLost for who will not, Knot where ranks wait for each other in
-        different meetings.
+        ``idle`` is called now and then meanwhile. Raises CommTimeout naming who has not come, PeerLost for who will
+        not, Knot where ranks wait for each other in different meetings.
         """
         number, slot = self._slot()
-        self._send({"do": "meet", "id": number, "key": key, "ranks": list(ranks)}, payload)
-        if not slot.ready.wait(timeout):
+        self._send({"do": "meet", "id": number, "key": key, "ranks": compact(tuple(ranks))}, payload)
+        if not _idled(slot.ready, timeout, idle):
             self._send({"do": "give_up", "key": key})
             if not slot.ready.wait(_GRACE):
                 raise CommTimeout(f"{key}: not finished after {timeout:g} s, and the control channel does not answer")
@@ -199,11 +204,16 @@ class Client:
             raise PeerLost(f"the control channel is gone: {self.gone or error}") from error
 
     def _ask(
-        self, request: Event, body: bytes = b"", timeout: float = 60.0, what: str = "the control channel"
+        self,
+        request: Event,
+        body: bytes = b"",
+        timeout: float = 60.0,
+        what: str = "the control channel",
+        idle: Callable[[], None] | None = None,
     ) -> tuple[Event, bytes]:
         number, slot = self._slot()
         self._send({**request, "id": number}, body)
-        if not slot.ready.wait(timeout):
+        if not _idled(slot.ready, timeout, idle):
             self._slots.pop(number, None)
             raise CommTimeout(f"{what}: no answer after {timeout:g} s")
         return self._taken(number, slot)
@@ -316,9 +326,17 @@ def _introduce(sock: socket.socket, secret: bytes, rank: int) -> _Introduced:
     return sock, buffer, str(answer.get("job"))
 
 
-def named(ranks: Sequence[int]) -> str:
-    """``rank 3``, or ``ranks 1, 3``."""
-    return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
+def _idled(ready: threading.Event, timeout: float, idle: Callable[[], None] | None) -> bool:
+    """Wait like ``ready.wait(timeout)``."""
+    if idle is None:
+        return ready.wait(timeout)
+    end, pause = time.monotonic() + timeout, 1e-3
+    while not ready.wait(min(pause, max(end - time.monotonic(), 0))):
+        if time.monotonic() >= end:
+            return False
+        idle()
+        pause = min(pause * 1.5, 0.02)
+    return True
 
 
 def _split(body: bytes, sizes: Sequence[int]) -> list[bytes]:

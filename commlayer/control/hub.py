@@ -22,6 +22,7 @@ from typing import Any
 
 from commlayer.control import wire
 from commlayer.control.meetings import Answers, Meetings
+from commlayer.control.ranks import expanded
 from commlayer.errors import LaunchError
 
 MAX_STRANGERS = 64  # connections that have proved nothing; the oldest goes when more come
@@ -204,10 +205,16 @@ class Hub(threading.Thread):
         with self._empty:
             del self._members[peer.rank]
             self._empty.notify_all()
-        if not peer.exiting:
-            self.lost[peer.rank] = why
-            self._tell({"event": "lost", "rank": peer.rank, "why": why})
-        self._absent(peer.rank, why if not peer.exiting else "it has left the job")
+        if peer.exiting:
+            self._absent(peer.rank, "it has left the job")
+        else:
+            self._lose(peer.rank, why)
+
+    def _lose(self, rank: int, why: str) -> None:
+        if rank not in self.lost:
+            self.lost[rank] = why
+            self._tell({"event": "lost", "rank": rank, "why": why}, but=rank)
+            self._absent(rank, why)
 
     def _tell(self, event: Header, but: int | None = None) -> None:
         for rank, member in list(self._members.items()):
@@ -250,12 +257,13 @@ class Hub(threading.Thread):
     def _do_get(self, peer: _Peer, header: Header, body: bytes) -> None:
         """Answered once all keys are there, or one of the ranks concerned is lost."""
         keys, number = [_text(key) for key in header["keys"]], header["id"]
-        ranks = frozenset(header["ranks"])
+        ranks = frozenset(expanded(_text(header["ranks"]))) if header["ranks"] else frozenset()
 
         def attempt() -> None:
             missing = next((key for key in keys if key not in self._values), None)
-            if missing is not None and (gone := sorted(ranks & self.lost.keys())):
-                self._send(peer, {"id": number, "lost": gone[0], "why": self.lost[gone[0]]})
+            gone = {} if missing is None else self._gone(missing)
+            if lost := sorted(ranks & gone.keys()):
+                self._send(peer, {"id": number, "lost": lost[0], "why": gone[lost[0]]})
             elif missing is None:
                 values = [self._values[key] for key in keys]
                 self._send(peer, {"id": number, "sizes": [len(value) for value in values]}, b"".join(values))
@@ -266,22 +274,21 @@ class Hub(threading.Thread):
 
     def _do_meet(self, peer: _Peer, header: Header, body: bytes) -> None:
         """Answered to all with everybody's body, once everybody has come; with who is missing, if that cannot be."""
-        key, ranks = _text(header["key"]), [int(rank) for rank in header["ranks"]]
+        key, ranks = _text(header["key"]), expanded(_text(header["ranks"]))
         assert peer.rank is not None
-        generation = _number(key.split("/")[0])
-
-        def why_not(rank: int) -> str | None:
-            left = self._left.get(rank, -1) >= generation
-            return self.lost.get(rank, "it has left the job" if left else None)
-
-        self._answer(self._meetings.join(key, peer.rank, header["id"], ranks, body, why_not))
+        self._answer(self._meetings.join(key, peer.rank, header["id"], ranks, body, self._gone(key)))
         # A rank's other thread may be about to come: what is stuck for this long will stay so.
         if stuck := self._meetings.stuck():
             self._after(KNOT, lambda: self._untie(stuck))
 
     def _untie(self, before: set[str]) -> None:
-        if before and before == self._meetings.stuck() & before:
-            self._answer(self._meetings.untie(before))
+        self._answer(self._meetings.untie(before & self._meetings.stuck()))
+
+    def _gone(self, key: str) -> dict[int, str]:
+        """Who will not come to a meeting or set a key, since it is lost or has left; keys begin with a generation."""
+        generation = _number(key.split("/")[0])
+        left = {rank: "it has left the job" for rank, last in self._left.items() if last >= generation}
+        return left | self.lost
 
     def _do_give_up(self, peer: _Peer, header: Header, body: bytes) -> None:
         assert peer.rank is not None
@@ -322,7 +329,11 @@ class Hub(threading.Thread):
         event = header["event"]
         if not isinstance(event["event"], str) or "id" in event:
             raise wire.Malformed("an event without a name, or like an answer")
-        self._tell({**event, "from": peer.rank}, but=peer.rank)
+        if event["event"] == "failed":
+            assert peer.rank is not None
+            self._lose(peer.rank, str(event["why"]))
+        else:
+            self._tell({**event, "from": peer.rank}, but=peer.rank)
 
     def _do_time(self, peer: _Peer, header: Header, body: bytes) -> None:
         self._send(peer, {"id": header["id"], "time": time.time_ns()})
@@ -368,7 +379,7 @@ def _allow_descriptors(count: int) -> None:
 
 def _text(key: Any) -> str:
     if not isinstance(key, str):
-        raise wire.Malformed(f"the key {key!r}")
+        raise wire.Malformed(f"{key!r} in place of a text")
     return key
 
 

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from commlayer.control.client import Event, named
+from commlayer.control.client import Event
+from commlayer.control.ranks import named
 from commlayer.errors import CommTimeout, PeerLost
 
 
@@ -18,6 +19,7 @@ class Board:
         self.listeners: dict[int, Callable[[Event], None]] = {}
         self.meetings: dict[str, dict[int, bytes]] = {}
         self.answers: dict[int, Any] = {}
+        self.values: dict[str, bytes] = {}
         self.ended: dict[int, str] = {}  # ranks that come to no meeting any more, and why
         self.seats = [Local(self, rank) for rank in range(size)]
 
@@ -66,7 +68,27 @@ class Local:
     def here(self, token: int, at: Any) -> None:
         self._board.answers[token] = at
 
-    def meet(self, key: str, ranks: Sequence[int], payload: bytes, timeout: float) -> list[bytes]:
+    def set(self, key: str, value: bytes) -> None:
+        with self._board.changed:
+            self._board.values[key] = value
+            self._board.changed.notify_all()
+
+    def get(
+        self, keys: Sequence[str], timeout: float, ranks: Sequence[int] = (), idle: Callable[[], None] | None = None
+    ) -> list[bytes]:
+        values = self._board.values
+        with self._board.changed:
+            if not self._board.changed.wait_for(lambda: all(key in values for key in keys), timeout):
+                raise CommTimeout(f"waiting for {keys[0]}: no answer after {timeout:g} s")
+            return [values[key] for key in keys]
+
+    def delete(self, key: str) -> bool:
+        with self._board.changed:
+            return self._board.values.pop(key, None) is not None
+
+    def meet(
+        self, key: str, ranks: Sequence[int], payload: bytes, timeout: float, idle: Callable[[], None] | None = None
+    ) -> list[bytes]:
         board = self._board
         with board.changed:
             payloads = board.meetings.setdefault(key, {})

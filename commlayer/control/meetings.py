@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,15 +37,14 @@ class Meetings:
         number: int,
         ranks: Sequence[int],
         payload: bytes,
-        why_not: Callable[[int], str | None],
+        gone: dict[int, str],
     ) -> Answers:
-        """A rank has come; the answers that this allows. ``why_not``: why another one never will, if so."""
+        """A rank has come; the answers that this allows. ``gone``: who will never come, and why."""
         if key in self._cancelled:
             return [(rank, number, self._cancelled[key], b"")]
         meeting = self._open.setdefault(key, _Meeting(tuple(ranks)))
         meeting.payloads[rank], meeting.numbers[rank] = payload, number
-        missing = meeting.missing()
-        if not missing:
+        if len(meeting.payloads) == len(meeting.ranks):
             del self._open[key]
             rows = [meeting.payloads[member] for member in meeting.ranks]
             header: dict[str, Any]
@@ -54,8 +53,8 @@ class Meetings:
             else:
                 header, body = {"sizes": [len(row) for row in rows]}, b"".join(rows)
             return [(member, asked, header, body) for member, asked in meeting.numbers.items()]
-        for member in missing:
-            if (why := why_not(member)) is not None:
+        for member, why in gone.items():
+            if member in meeting.ranks and member not in meeting.payloads:
                 return self._cancel(key, {"lost": member, "why": why})
         return []
 

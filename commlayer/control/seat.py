@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from commlayer.control.client import Event
@@ -21,19 +21,46 @@ class Control(Protocol):
 
     def here(self, token: int, at: Any) -> None: ...
 
-    def meet(self, key: str, ranks: Sequence[int], payload: bytes, timeout: float) -> list[bytes]: ...
+    def set(self, key: str, value: bytes) -> None: ...
+
+    def get(
+        self, keys: Sequence[str], timeout: float, ranks: Sequence[int] = (), idle: Callable[[], None] | None = None
+    ) -> list[bytes]: ...
+
+    def delete(self, key: str) -> bool: ...
+
+    def meet(
+        self, key: str, ranks: Sequence[int], payload: bytes, timeout: float, idle: Callable[[], None] | None = None
+    ) -> list[bytes]: ...
 
 
 class Seat:
-    """The ranks of one group, by their place in the world. ``label`` names the group, the same on all of them."""
+    """The ranks of one group, by their place in the world. ``label`` names the group, the same on all of them.
 
-    def __init__(self, control: Control, generation: int, label: str, ranks: Sequence[int]) -> None:
+    ``idle`` is called while this rank waits: a backend's messages may move on only then.
+    """
+
+    def __init__(
+        self, control: Control, generation: int, label: str, ranks: Sequence[int], idle: Callable[[], None]
+    ) -> None:
         self.control, self.generation, self.label, self.ranks = control, generation, label, tuple(ranks)
+        self._idle = idle
         self._shared = 0
 
     def meet(self, what: str, payload: bytes, timeout: float) -> list[bytes]:
         """Everybody's payload, once everybody is here with the same ``what``."""
-        return self.control.meet(f"{self.generation}/{self.label}/{what}", self.ranks, payload, timeout)
+        key = f"{self.generation}/{self.label}/{what}"
+        return self.control.meet(key, self.ranks, payload, timeout, self._idle)
+
+    def set(self, key: str, value: bytes) -> None:
+        self.control.set(f"{self.generation}/{self.label}/{key}", value)
+
+    def take(self, key: str, rank: int, timeout: float) -> bytes:
+        """The value that another rank of the group sets, once it is there; it is gone then."""
+        name = f"{self.generation}/{self.label}/{key}"
+        value = self.control.get([name], timeout, [self.ranks[rank]], self._idle)[0]
+        self.control.delete(name)
+        return value
 
     def share(self, value: bytes, timeout: float) -> list[bytes]:
         """Every rank's value; called by all, in the same order."""

@@ -210,6 +210,49 @@ def test_debug_compares_what_ranks_call(tmp_path, launcher):
     assert said.count("said sizes False [True, True]") == 2  # splits, in its words
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_debug_compares_messages_with_what_is_expected(tmp_path, launcher):
+    """Plain gloo would leave a stale tail, or abort."""
+    program = """
+        import sys
+        import torch, commlayer as c
+        world = c.init(timeout=20)
+        other = 1 - world.rank
+        late = c.recv(torch.zeros(4), other, tag=9, async_op=True)
+        c.send(torch.ones(4), other, tag=9)
+        assert late.wait().sum() == 4
+        assert c.sendrecv(torch.ones(3), dst=other, src=other).sum() == 3
+        pair = world.new_group([0, 1])
+        try:
+            for length in (60, 120) if world.rank else (120, 60):
+                c.sendrecv(torch.ones(length), dst=other, src=other, group=pair)
+        except c.CollectiveMismatch as error:
+            sys.stdout.write(f"said {'60 of float32' in str(error)} {'120 elements of float32' in str(error)}\\n")
+        assert c.all_reduce(torch.ones(1)) == 2
+    """
+    said = lines(job(launcher, 2, program, tmp_path, COMMLAYER_DEBUG="1"))
+    assert len(said) == 2
+    assert "said True True" in said
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ranks_may_meet_while_messages_are_under_way(tmp_path, launcher):
+    """On MPI, messages move only while somebody calls it."""
+    program = """
+        import torch, commlayer as c
+        world = c.init(timeout=20)
+        x = torch.ones(1 << 20)
+        if world.rank == 0:
+            work = c.all_reduce(x, async_op=True)
+            world.new_group([0, 1])
+            work.wait()
+        else:
+            c.all_reduce(x)
+            world.new_group([0, 1])
+    """
+    lines(job(launcher, 2, program, tmp_path))
+
+
 @needs_mpiexec
 def test_check_nan_names_the_first_rank(tmp_path):
     program = """
