@@ -227,12 +227,11 @@ def test_debug_compares_messages_with_what_is_expected(tmp_path, launcher):
             for length in (60, 120) if world.rank else (120, 60):
                 c.sendrecv(torch.ones(length), dst=other, src=other, group=pair)
         except c.CollectiveMismatch as error:
-            sys.stdout.write(f"said {'60 of float32' in str(error)} {'120 elements of float32' in str(error)}\\n")
-        assert c.all_reduce(torch.ones(1)) == 2
+            found = [f"{n} elements of float32 are sent at" in str(error) for n in (60, 120)]
+            sys.stdout.write(f"said {any(found)} {c.all_reduce(torch.ones(1)).item()}\\n")
     """
-    said = lines(job(launcher, 2, program, tmp_path, COMMLAYER_DEBUG="1"))
-    assert len(said) == 2
-    assert "said True True" in said
+    result = job(launcher, 2, program, tmp_path, COMMLAYER_DEBUG="1")
+    assert sorted(line for line in result.stdout.splitlines() if line.startswith("said")) == ["said True 2.0"] * 2
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -345,7 +344,7 @@ def test_finalize_and_exit_wait_for_nobody(tmp_path, work):
     program = f"""
         import os, sys, time
         import torch, commlayer
-        world = commlayer.init()
+        world = commlayer.init(timeout=6)
         commlayer.all_reduce(torch.ones(1))
         if world.rank == 1:
             time.sleep(40)
