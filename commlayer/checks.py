@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -41,6 +42,12 @@ def check_timeout(timeout: float | None) -> float | None:
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
         raise ValueError(f"timeout: expected a positive number of seconds, got {timeout!r}")
     return timeout
+
+
+def budget(timeout: float | None) -> Callable[[], float | None]:
+    """What is left of a timeout, for the parts of a call that has several."""
+    end = None if check_timeout(timeout) is None else time.monotonic() + (timeout or 0.0)
+    return lambda: None if end is None else max(end - time.monotonic(), 1e-3)
 
 
 def check_reduce(op: ReduceOp, dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from commlayer.arithmetic import premultiplied
 from commlayer.checks import (
+    budget,
     check_dim,
     check_divides,
     check_extent,
@@ -267,7 +268,9 @@ def all_to_all(
             check_out(out, out.shape, x, g)  # all but the shape, before the ranks talk
         if incoming is None:
             counts = torch.tensor(outgoing, dtype=torch.int64, device=x.device)
+            left = budget(timeout)
             incoming = all_to_all(counts, group=g, timeout=timeout).tolist()
+            timeout = left()
         if incoming[g.rank] != outgoing[g.rank]:
             raise ValueError(
                 f"output_splits: expects {incoming[g.rank]} from this rank itself, but input_splits sends it "
