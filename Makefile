@@ -1,5 +1,6 @@
 # make demo   a ViT learns real temperature fields on two ranks (about a minute)
 # make test   unit tests, then the same contracts on gloo and MPI
+# make test-faults   every fault and 1,000 random ones, on gloo and MPI, into docs/reliability.md (about 45 minutes)
 # make lint   ruff, mypy, import-linter
 # Each makes its own virtual environment if there is none.
 
@@ -14,7 +15,7 @@ export OMP_NUM_THREADS = 1
 MPIEXEC := $(BIN)/mpiexec -n $(RANKS) $(BIN)/python -m pytest -q --with-mpi tests/spmd
 TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m pytest -q tests/spmd
 
-.PHONY: demo test test-unit test-spmd test-all test-openmpi lint format clean
+.PHONY: demo test test-unit test-spmd test-faults test-all test-openmpi lint format clean
 
 demo: $(BIN)/.ready
 	$(BIN)/commlayer demo
@@ -22,7 +23,7 @@ demo: $(BIN)/.ready
 test: test-unit test-spmd
 
 test-unit: $(BIN)/.ready
-	$(BIN)/python -m pytest -q tests/unit
+	$(BIN)/python -m pytest -q tests/unit tests/faults
 
 # The same tests on each backend, and under profiles of backends that are not here.
 test-spmd: $(BIN)/.ready
@@ -33,6 +34,10 @@ test-spmd: $(BIN)/.ready
 	  COMMLAYER_BACKEND=gloo COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; \
 	  COMMLAYER_BACKEND=mpi COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; \
 	done
+
+# All of what tests/faults shows some of.
+test-faults: $(BIN)/.ready
+	$(BIN)/python -m tests.faults
 
 # Also more examples, every other profile, other numbers of ranks, and Open MPI.
 test-all: test test-openmpi

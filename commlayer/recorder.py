@@ -53,6 +53,7 @@ class Watched(Protocol):
     ranks: tuple[int, ...]
     label: str
     trace: Any
+    failure: Any
 
     def plan_of(self, op: Operation, /) -> str: ...
 
@@ -200,7 +201,8 @@ class Handle(Work):
         self._work: Work | None = work
 
     def done(self) -> bool:
-        return self._work is None or self._work.done()
+        # Nothing more comes in a broken group; wait() says why.
+        return self._work is None or self._operation.watch.failure is not None or self._work.done()
 
     def wait(self, timeout: float | None = None) -> Any:
         if self._work is not None:

@@ -121,7 +121,10 @@ def _make_world(comm: Communicator, control: Client | Local | None, settings: Se
 
 
 def finalize() -> None:
-    """Leave the job: release every group. Afterwards init may be called again. Waits for no other rank."""
+    """Leave the job: release every group. Afterwards init may be called again.
+
+    Waits for no other rank, but up to 5 seconds for this one's operations that nobody has waited for.
+    """
     global _world, _launch, _started_torch
     if getattr(_thread, "world", None) is not None:
         raise CommError("finalize: the world of run_local ends with the function it runs")

@@ -145,9 +145,8 @@ class Watch:
         self.failure: tuple[type[CommError], str, str] | None = None  # kind, reason, and the call that met it first
         self.trace = dog.trace
         self._bound = math.inf  # collectives that can still happen
-        self.messages: Counter[tuple[int, int, int]] = (
-            Counter()
-        )  # under COMMLAYER_DEBUG, by source, destination and tag
+        # Under COMMLAYER_DEBUG, counted by source, destination and tag.
+        self.messages: Counter[tuple[int, int, int]] = Counter()
         self._checks = (dog.debug or dog.check_nan) and comm.size > 1
         self._record = dog.recorder.operations.append
         if comm.size > 1:

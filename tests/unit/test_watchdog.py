@@ -134,6 +134,20 @@ def test_a_handle_keeps_its_own_deadline_and_its_failure():
     local(program, 2)
 
 
+def test_polling_a_handle_ends_when_the_peer_is_lost():
+    def program(world):
+        if world.rank:
+            return True
+        work = c.all_reduce(torch.ones(1), async_op=True)
+        while not work.done():
+            time.sleep(0.01)
+        with pytest.raises(c.PeerLost, match="rank 1 is lost"):
+            work.wait()
+        return True
+
+    assert local(program, 2) == [True, True]
+
+
 @pytest.mark.parametrize("timeout", [0, -1.0, "3", True, float("nan")])
 def test_timeouts_are_positive_numbers(timeout):
     def program(world):
