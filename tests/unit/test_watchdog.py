@@ -137,6 +137,7 @@ def test_a_handle_keeps_its_own_deadline_and_its_failure():
 def test_polling_a_handle_ends_when_the_peer_is_lost():
     def program(world):
         if world.rank:
+            time.sleep(0.3)
             return True
         work = c.all_reduce(torch.ones(1), async_op=True)
         while not work.done():
