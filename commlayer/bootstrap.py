@@ -65,9 +65,9 @@ def connect(backend: str, launch: Launch, timeout: float, generation: int) -> tu
         return comm, rendezvous.join(launch, comm.rank, comm.size, timeout, by_mpi=True) if comm.size > 1 else None
     rank, size = launch.rank, launch.size
     if size is None:
-        from commlayer.backends import mpi
+        from commlayer.backends import mpi_job
 
-        rank, size = mpi.place()
+        rank, size = mpi_job.place()
     device = _device(backend, launch)
     if size == 1:
         # Nothing to communicate: and NCCL, for one, does AVG and premul_sum wrongly on a group of one.

@@ -134,14 +134,14 @@ def _by_store(store: Any, rank: int, size: int, timeout: float) -> Client:
 
 
 def _by_mpi(rank: int, size: int, timeout: float) -> Client:
-    from commlayer.backends import mpi
+    from commlayer.backends import mpi_job
 
-    rows = mpi.exchange(json.dumps(_whereabouts()).encode(), timeout)
+    rows = mpi_job.exchange(json.dumps(_whereabouts()).encode(), timeout)
     hub = None
     if rank == 0:
         hub = _hub(_seen_from([json.loads(row) for row in rows]), 0, secret.fresh(), size)
     told = b"" if hub is None else json.dumps([hub[0].address, hub[0].port, hub[1].hex()]).encode()
-    address, port, key = json.loads(mpi.exchange(told, timeout)[0])
+    address, port, key = json.loads(mpi_job.exchange(told, timeout)[0])
     return _own(hub, timeout) if hub is not None else Client(address, port, bytes.fromhex(key), rank, timeout)
 
 

@@ -250,10 +250,10 @@ def _leave() -> None:
     try:
         finalize()
     finally:
-        if "commlayer.backends.mpi" in sys.modules:
-            from commlayer.backends import mpi
+        if "commlayer.backends.mpi_job" in sys.modules:
+            from commlayer.backends import mpi_job
 
-            mpi.end(_is_broken, lambda: _dog is not None and _dog.everybody_gone(), LINGER)
+            mpi_job.end(_is_broken, lambda: _dog is not None and _dog.everybody_gone(), LINGER)
         # The hub serves the others as long as they are there, but not those that cannot be helped.
         rendezvous.leave(LINGER if _is_broken() else _timeout)
         if signal.getsignal(signal.SIGUSR1) not in (signal.SIG_DFL, signal.SIG_IGN):

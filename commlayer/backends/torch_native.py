@@ -21,10 +21,11 @@ from torch.distributed import distributed_c10d as c10d
 from commlayer.backends.base import INTERNAL_TAG, Closed, Communicator, Counts, Message, pieces
 from commlayer.backends.process_groups import DEVICE_OF, constructor
 from commlayer.backends.single import Single
+from commlayer.backends.torch_requests import Letter, Native, plain, translate
 from commlayer.control.client import Client
 from commlayer.control.seat import Seat
 from commlayer.control.store import HubStore
-from commlayer.errors import CollectiveMismatch, CommError, CommTimeout, PeerLost, UnsupportedOperation
+from commlayer.errors import CommError, UnsupportedOperation
 from commlayer.reduce_op import ReduceOp
 from commlayer.work import Work, gather_works
 
@@ -44,38 +45,6 @@ BATCHED = frozenset({"nccl", "xccl", "ccl"})
 
 UNLIMITED = timedelta(days=1)  # for the process groups: deadlines are the layer's own
 POISON_TAG = (1 << 31) - 1
-
-
-class Native(Work):
-    """A request of torch.distributed, with the tensors it works on."""
-
-    __slots__ = ("_comm", "_tensors", "_what", "_work")
-
-    def __init__(self, comm: TorchCommunicator, work: Any, what: str, *tensors: Any) -> None:
-        self.result = None
-        self._comm, self._work, self._what, self._tensors = comm, work, what, tensors
-
-    def done(self) -> bool:
-        return self._work is None or self._work.is_completed()
-
-    def wait(self, timeout: float | None = None) -> Any:
-        work = self._work
-        if work is not None:
-            try:
-                if timeout is None and self._comm.asynchronous:
-                    work.wait()
-                else:
-                    work.wait(timedelta(seconds=self._comm.limit(timeout)))
-            except RuntimeError as error:
-                raise self._comm.translated(error, self._what) from error
-            self._work, self._tensors = None, ()
-        return self.result
-
-    def __del__(self) -> None:
-        # Dropped without wait(). A gloo message is only as alive as its handle; and close() must not wait without
-        # limit for a collective that the others never join.
-        if getattr(self, "_work", None) is not None:
-            self._comm.adopt(self._work, self._what in ("send", "recv", "exchange"), self._tensors)
 
 
 class TorchCommunicator(Communicator):
@@ -148,48 +117,48 @@ class TorchCommunicator(Communicator):
             options = self._options(c10d.AllreduceOptions, reduceOp=self._operation(op))
             if op.factor is None:
                 self._reduce_options[op.name] = options
-        return self._start("all_reduce", self.group.allreduce, [_plain(out)], options)
+        return self._start("all_reduce", self.group.allreduce, [plain(out)], options)
 
     def reduce(self, out: torch.Tensor | None, x: torch.Tensor, op: ReduceOp, dst: int) -> Work:
         # Process groups reduce in place and use the buffers of other ranks as scratch.
         target = torch.empty_like(x) if out is None else out
         target.copy_(x)
         options = self._options(c10d.ReduceOptions, reduceOp=self._operation(op), rootRank=dst)
-        return self._start("reduce", self.group.reduce, [_plain(target)], options)
+        return self._start("reduce", self.group.reduce, [plain(target)], options)
 
     def broadcast(self, x: torch.Tensor, src: int) -> Work:
         return self._start(
-            "broadcast", self.group.broadcast, [_plain(x)], self._options(c10d.BroadcastOptions, rootRank=src)
+            "broadcast", self.group.broadcast, [plain(x)], self._options(c10d.BroadcastOptions, rootRank=src)
         )
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work:
         options = self._options(c10d.AllgatherOptions)
         if counts is None:
-            return self._start("all_gather", self.group._allgather_base, _plain(out), x, options)
-        rows = [_plain(row) for row in pieces(out, counts, self.size)]
+            return self._start("all_gather", self.group._allgather_base, plain(out), x, options)
+        rows = [plain(row) for row in pieces(out, counts, self.size)]
         return self._start("all_gather", self.group.allgather, [rows], [x], options)
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work:
         options = self._options(c10d.ReduceScatterOptions, reduceOp=self._operation(op))
         if counts is None:
-            return self._start("reduce_scatter", self.group._reduce_scatter_base, _plain(out), x, options)
+            return self._start("reduce_scatter", self.group._reduce_scatter_base, plain(out), x, options)
         rows = pieces(x, counts, self.size)
-        return self._start("reduce_scatter", self.group.reduce_scatter, [_plain(out)], [rows], options)
+        return self._start("reduce_scatter", self.group.reduce_scatter, [plain(out)], [rows], options)
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor, out_counts: Counts, in_counts: Counts) -> Work:
         options = self._options(c10d.AllToAllOptions)
         splits = (list(out_counts or ()), list(in_counts or ()))
-        return self._start("all_to_all", self.group.alltoall_base, _plain(out), x, *splits, options)
+        return self._start("all_to_all", self.group.alltoall_base, plain(out), x, *splits, options)
 
     def gather(self, out: torch.Tensor | None, x: torch.Tensor, dst: int, counts: Counts) -> Work:
         options = self._options(c10d.GatherOptions, rootRank=dst)
-        rows = [] if out is None else [[_plain(row) for row in pieces(out, counts, self.size)]]
+        rows = [] if out is None else [[plain(row) for row in pieces(out, counts, self.size)]]
         return self._start("gather", self.group.gather, rows, [x], options)
 
     def scatter(self, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts) -> Work:
         options = self._options(c10d.ScatterOptions, rootRank=src)
         rows = [] if x is None else [pieces(x, counts, self.size)]
-        return self._start("scatter", self.group.scatter, [_plain(out)], rows, options)
+        return self._start("scatter", self.group.scatter, [plain(out)], rows, options)
 
     def send(self, x: torch.Tensor, dst: int, tag: int) -> Work:
         if dst == self.rank:
@@ -203,7 +172,7 @@ class TorchCommunicator(Communicator):
             return self._alone.recv(x, 0, tag)
         if self._batched:
             return self.exchange([], [(x, src)], tag)
-        return self._start("recv", self.group.recv, [_plain(x)], src, tag)
+        return self._start("recv", self.group.recv, [plain(x)], src, tag)
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], tag: int) -> Work:
         # Messages to oneself first, sends before receives; they never reach the process group.
@@ -228,7 +197,7 @@ class TorchCommunicator(Communicator):
             self.group._start_coalescing()
             try:
                 for x, src in recvs:
-                    self.group.recv([_plain(x)], src, 0)
+                    self.group.recv([plain(x)], src, 0)
                 for x, dst in sends:
                     self.group.send([x], dst, 0)
             finally:
@@ -242,7 +211,7 @@ class TorchCommunicator(Communicator):
         return Work()
 
     def fetch(self, x: torch.Tensor, src: int, tag: int) -> Work:
-        return _Letter(self, self._address(self._fetched, src, self.rank, tag), x)
+        return Letter(self, self._address(self._fetched, src, self.rank, tag), x)
 
     def _address(self, counter: Counter[tuple[int, int, int]], src: int, dst: int, tag: int) -> str:
         counter[src, dst, tag] += 1
@@ -307,61 +276,6 @@ class TorchCommunicator(Communicator):
             group, self.group = self.group, Closed()
         if self.owned and self.name != "gloo" and hasattr(group, "shutdown"):
             group.shutdown()
-
-
-def translate(error: RuntimeError, where: str) -> CommError:
-    """The error of the layer's own tree that says the same as torch's."""
-    text = str(error)
-    if "imed out" in text or "imeout" in text:
-        return CommTimeout(f"{where}: {text}")
-    if any(words in text for words in ("closed by peer", "reset by peer", "Broken pipe", "refused", "shutdown")):
-        return PeerLost(f"{where}: {text}")
-    if "size mismatch" in text or "sizes do not match" in text:
-        return CollectiveMismatch(f"{where}: {text}")
-    return CommError(f"{where}: {text}")
-
-
-def _plain(x: torch.Tensor) -> torch.Tensor:
-    """The same memory, apart from autograd.
-
-    gloo's worker threads copy into results with grad mode on: that would be recorded as part of the graph, and is
-    forbidden for a view made under no_grad and for an inference tensor.
-    """
-    if not x.is_inference():
-        return x.detach()
-    with torch.inference_mode(False):
-        plain = torch.empty(0, dtype=x.dtype, device=x.device)
-        return plain.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
-
-
-class _Letter(Work):
-    """What another rank posted under a key of the store."""
-
-    __slots__ = ("_comm", "_key", "_x")
-
-    def __init__(self, comm: TorchCommunicator, key: str, x: torch.Tensor) -> None:
-        self.result = None
-        self._comm, self._key = comm, key
-        self._x: torch.Tensor | None = x
-
-    def done(self) -> bool:
-        return self._x is None or self._comm._store.check([self._key])
-
-    def wait(self, timeout: float | None = None) -> Any:
-        if self._x is not None:
-            end = time.monotonic() + self._comm.limit(timeout)
-            pause = 1e-4
-            while not self.done():
-                if self._comm.failure is not None or time.monotonic() > end:
-                    raise self._comm.failure or CommTimeout(f"waiting for {self._key}: not finished in time")
-                time.sleep(pause)
-                pause = min(pause * 1.5, 0.02)
-            data = self._comm._store.get(self._key)
-            self._comm._store.delete_key(self._key)
-            with torch.no_grad():
-                self._x.view(torch.uint8).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            self._x = None
-        return self.result
 
 
 def create(

@@ -1,7 +1,7 @@
 """The hub of the control channel: a thread of rank 0 that every rank is connected to.
 
-It keeps keys and values, brings ranks together (``meet``), carries questions and news, and tells everybody when a
-connection ends. One thread and non-blocking sockets: nobody, member or stranger, can make it wait.
+It admits who knows the job's secret, carries what members ask to its ``Service``, and notices when a connection ends.
+One thread and non-blocking sockets: nobody, member or stranger, can make it wait.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import resource
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,13 +20,10 @@ from contextlib import suppress
 from typing import Any
 
 from commlayer.control import wire
-from commlayer.control.meetings import Answers, Meetings
-from commlayer.control.ranks import expanded
+from commlayer.control.service import Service
 from commlayer.errors import LaunchError
 
 MAX_STRANGERS = 64  # connections that have proved nothing; the oldest goes when more come
-MAX_ASKING = 60.0  # seconds that a question may stay open
-KNOT = 1.0  # seconds after which meetings that wait for each other are given up
 PATIENCE = 10.0  # seconds for a stranger to prove that it belongs here
 _CHUNK = 1 << 18
 
@@ -54,7 +50,6 @@ class Hub(threading.Thread):
         _allow_descriptors(size + MAX_STRANGERS + 256)
         self.size = size
         self.job = secrets.token_hex(8)  # tells this job from others
-        self.lost: dict[int, str] = {}
         self._secret = secret
         self._listener = socket.create_server((address, port), family=_family(address), backlog=max(128, size))
         self._listener.setblocking(False)
@@ -66,11 +61,9 @@ class Hub(threading.Thread):
         self._peers: dict[socket.socket, _Peer] = {}
         self._strangers: dict[socket.socket, _Peer] = {}
         self._members: dict[int, _Peer] = {}
-        self._values: dict[str, bytes] = {}
-        self._meetings = Meetings()
-        self._left: dict[int, int] = {}  # by rank: the last generation that it has finalized
-        self._wanted: dict[str, list[Callable[[], None]]] = {}  # by key: who waits for it
-        self._questions: dict[int, tuple[set[int], dict[str, Any], Callable[[], None]]] = {}
+        self.service = Service(
+            self._members.keys(), lambda rank, header, body: self._send(self._members[rank], header, body), self._after
+        )
         self._timers: list[tuple[float, int, Callable[[], Any]]] = []
         self._numbers = itertools.count()
         self._stopping = False
@@ -155,8 +148,11 @@ class Hub(threading.Thread):
                     break
                 if peer.rank is None:
                     self._admit(peer, found[0])
+                elif found[0].get("do") == "exit":
+                    peer.exiting = True
+                    self._drop(peer, "it has left the job")
                 else:
-                    getattr(self, f"_do_{found[0].get('do')}", self._unknown)(peer, *found)
+                    self.service.handle(peer.rank, *found)
         except Exception as error:  # a member's nonsense, of whatever kind, ends that member and not the hub
             self._send(peer, {"event": "refused", "why": f"{type(error).__name__}: {error}"})
             self._drop(peer, f"it sent what the control channel cannot read: {type(error).__name__}: {error}")
@@ -175,7 +171,7 @@ class Hub(threading.Thread):
         del self._strangers[peer.sock]
         self._members[rank] = peer
         self._send(peer, {"proof": wire.proof(self._secret, "hub", nonce, peer.nonce), "job": self.job})
-        for other, why in self.lost.items():
+        for other, why in self.service.lost.items():
             self._send(peer, {"event": "lost", "rank": other, "why": why})
 
     def _send(self, peer: _Peer, header: Header, body: bytes = b"") -> None:
@@ -206,166 +202,12 @@ class Hub(threading.Thread):
             del self._members[peer.rank]
             self._empty.notify_all()
         if peer.exiting:
-            self._absent(peer.rank, "it has left the job")
+            self.service.leave(peer.rank)
         else:
-            self._lose(peer.rank, why)
-
-    def _lose(self, rank: int, why: str) -> None:
-        if rank not in self.lost:
-            self.lost[rank] = why
-            self._tell({"event": "lost", "rank": rank, "why": why}, but=rank)
-            self._absent(rank, why)
-
-    def _tell(self, event: Header, but: int | None = None) -> None:
-        for rank, member in list(self._members.items()):
-            if rank != but:
-                self._send(member, event)
+            self.service.lose(peer.rank, why)
 
     def _after(self, seconds: float, action: Callable[[], Any]) -> None:
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), action))
-
-    # What members ask for
-
-    def _unknown(self, peer: _Peer, header: Header, body: bytes) -> None:
-        raise wire.Malformed(f"the request {header.get('do')!r}")
-
-    def _do_set(self, peer: _Peer, header: Header, body: bytes) -> None:
-        self._values[_text(header["key"])] = body
-        for attempt in self._wanted.pop(header["key"], []):
-            attempt()
-
-    def _do_add(self, peer: _Peer, header: Header, body: bytes) -> None:
-        total = int(self._values.get(header["key"], b"0")) + int(header["by"])
-        self._do_set(peer, header, str(total).encode())
-        self._send(peer, {"id": header["id"], "total": total})
-
-    def _do_swap(self, peer: _Peer, header: Header, body: bytes) -> None:
-        """Compare and set: the body is the expected value and, after so many bytes, the one to put there."""
-        expected, wanted = body[: header["split"]], body[header["split"] :]
-        now = self._values.get(header["key"])
-        if now == expected or (now is None and not expected):
-            self._do_set(peer, header, wanted)
-            now = wanted
-        self._send(peer, {"id": header["id"]}, expected if now is None else now)
-
-    def _do_delete(self, peer: _Peer, header: Header, body: bytes) -> None:
-        self._send(peer, {"id": header["id"], "found": self._values.pop(header["key"], None) is not None})
-
-    def _do_check(self, peer: _Peer, header: Header, body: bytes) -> None:
-        self._send(peer, {"id": header["id"], "found": all(key in self._values for key in header["keys"])})
-
-    def _do_get(self, peer: _Peer, header: Header, body: bytes) -> None:
-        """Answered once all keys are there, or one of the ranks concerned is lost."""
-        keys, number = [_text(key) for key in header["keys"]], header["id"]
-        ranks = frozenset(expanded(_text(header["ranks"]))) if header["ranks"] else frozenset()
-
-        def attempt() -> None:
-            missing = next((key for key in keys if key not in self._values), None)
-            gone = {} if missing is None else self._gone(missing)
-            if lost := sorted(ranks & gone.keys()):
-                self._send(peer, {"id": number, "lost": lost[0], "why": gone[lost[0]]})
-            elif missing is None:
-                values = [self._values[key] for key in keys]
-                self._send(peer, {"id": number, "sizes": [len(value) for value in values]}, b"".join(values))
-            else:
-                self._wanted.setdefault(missing, []).append(attempt)
-
-        attempt()
-
-    def _do_meet(self, peer: _Peer, header: Header, body: bytes) -> None:
-        """Answered to all with everybody's body, once everybody has come; with who is missing, if that cannot be."""
-        key, ranks = _text(header["key"]), expanded(_text(header["ranks"]))
-        assert peer.rank is not None
-        self._answer(self._meetings.join(key, peer.rank, header["id"], ranks, body, self._gone(key)))
-        # A rank's other thread may be about to come: what is stuck for this long will stay so.
-        if stuck := self._meetings.stuck():
-            self._after(KNOT, lambda: self._untie(stuck))
-
-    def _untie(self, before: set[str]) -> None:
-        self._answer(self._meetings.untie(before & self._meetings.stuck()))
-
-    def _gone(self, key: str) -> dict[int, str]:
-        """Who will not come to a meeting or set a key, since it is lost or has left; keys begin with a generation."""
-        generation = _number(key.split("/")[0])
-        left = {rank: "it has left the job" for rank, last in self._left.items() if last >= generation}
-        return left | self.lost
-
-    def _do_give_up(self, peer: _Peer, header: Header, body: bytes) -> None:
-        assert peer.rank is not None
-        self._answer(self._meetings.give_up(_text(header["key"]), peer.rank))
-
-    def _answer(self, answers: Answers) -> None:
-        for rank, number, header, body in answers:
-            if rank in self._members:
-                self._send(self._members[rank], {"id": number, **header}, body)
-
-    def _absent(self, rank: int, why: str) -> None:
-        """This rank will come to no meeting and answer no question."""
-        self._answer(self._meetings.absent(rank, why))
-        waiting, self._wanted = self._wanted, {}
-        for attempts in waiting.values():
-            for attempt in attempts:
-                attempt()
-        for waiting_for, _, answer in list(self._questions.values()):
-            waiting_for.discard(rank)
-            if not waiting_for:
-                answer()
-
-    def _do_bye(self, peer: _Peer, header: Header, body: bytes) -> None:
-        """A rank has finalized: what it took part in, by group."""
-        assert peer.rank is not None
-        self._left[peer.rank] = max(self._left.get(peer.rank, 0), int(header["generation"]))
-        prefix = f"{header['generation']}/"
-        self._answer(self._meetings.absent(peer.rank, "it has left the job", prefix))
-        self._tell({"event": "left", "rank": peer.rank, **_some(header, "generation", "ends")}, but=peer.rank)
-
-    def _do_exit(self, peer: _Peer, header: Header, body: bytes) -> None:
-        peer.exiting = True
-        assert peer.rank is not None
-        self._left[peer.rank] = sys.maxsize
-        self._drop(peer, "it has left the job")
-
-    def _do_tell(self, peer: _Peer, header: Header, body: bytes) -> None:
-        event = header["event"]
-        if not isinstance(event["event"], str) or "id" in event:
-            raise wire.Malformed("an event without a name, or like an answer")
-        if event["event"] == "failed":
-            assert peer.rank is not None
-            self._lose(peer.rank, str(event["why"]))
-        else:
-            self._tell({**event, "from": peer.rank}, but=peer.rank)
-
-    def _do_time(self, peer: _Peer, header: Header, body: bytes) -> None:
-        self._send(peer, {"id": header["id"], "time": time.time_ns()})
-
-    def _do_where(self, peer: _Peer, header: Header, body: bytes) -> None:
-        """Ask these ranks where they are in a group; answered with what has come when the time is over."""
-        within = float(header["within"])
-        if not 0 <= within <= MAX_ASKING:
-            raise wire.Malformed(f"a question for {within} s")
-        token, waiting_for = next(self._numbers), set(header["ranks"]) & set(self._members)
-        answers: dict[str, Any] = {}
-
-        def answer() -> None:
-            if self._questions.pop(token, None) is not None:
-                self._send(peer, {"id": header["id"], "answers": answers})
-
-        self._questions[token] = (waiting_for, answers, answer)
-        for rank in list(waiting_for):
-            self._send(self._members[rank], {"event": "where", "token": token, "group": header["group"]})
-        if not waiting_for:
-            answer()
-        self._after(within, answer)
-
-    def _do_here(self, peer: _Peer, header: Header, body: bytes) -> None:
-        question = self._questions.get(header["token"])
-        if question is not None:
-            waiting_for, answers, answer = question
-            at = header["at"]
-            answers[str(peer.rank)] = None if at is None else {"seq": int(at["seq"]), "last": str(at["last"])}
-            waiting_for.discard(peer.rank)
-            if not waiting_for:
-                answer()
 
 
 def _allow_descriptors(count: int) -> None:
@@ -375,20 +217,6 @@ def _allow_descriptors(count: int) -> None:
         raise LaunchError(f"rank 0 needs {count} open files for its connections, and may have {hard} (ulimit -Hn)")
     if soft != resource.RLIM_INFINITY and soft < count:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
-
-
-def _text(key: Any) -> str:
-    if not isinstance(key, str):
-        raise wire.Malformed(f"{key!r} in place of a text")
-    return key
-
-
-def _some(header: Header, *names: str) -> Header:
-    return {name: header[name] for name in names}
-
-
-def _number(text: str) -> int:
-    return int(text) if text.isdigit() else 0
 
 
 def _family(address: str) -> socket.AddressFamily:

@@ -112,7 +112,7 @@ def test_the_hub_is_a_torch_store(job):
 def test_a_meeting_brings_everybody_everything(job):
     rows = job.together(lambda rank: job.clients[rank].meet("m", [0, 1, 2], bytes([rank]) * rank, 5))
     assert rows == [[b"", b"\1", b"\2\2"]] * 3
-    assert len(job.hub._meetings) == 0
+    assert len(job.hub.service._meetings) == 0
 
 
 def test_a_meeting_names_who_never_came(job):
@@ -176,7 +176,7 @@ def test_leaving_is_no_loss(job):
     job.clients[1].close(0)
     job.clients[2].close(0)
     job.hub.drain(5)
-    assert job.hub.lost == {}
+    assert job.hub.service.lost == {}
 
 
 def test_a_question_is_answered_by_who_can(job):

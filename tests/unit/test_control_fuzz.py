@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from commlayer.control import Client, Hub, hub, wire
+from commlayer.control.service import Service
 from commlayer.errors import CommError, LaunchError
 
 EXAMPLES = int(os.environ.get("COMMLAYER_TEST_EXAMPLES", "800")) // 10
@@ -75,7 +76,7 @@ class Job:
     def untouched(self):
         self.check()
         assert self.events == []
-        assert self.hub.lost == {}
+        assert self.hub.service.lost == {}
 
     def close(self):
         for member in reversed(self.members):
@@ -302,7 +303,7 @@ ANYTHING = st.one_of(
         [10**400, -1, 1e308, "\ud800", "check 1", [], [0, 1], [9], ["a"], {}, [float("inf")], {"event": "x"}]
     ),
 )
-NAMES = [name.removeprefix("_do_") for name in dir(Hub) if name.startswith("_do_")]
+NAMES = ["exit", *(name.removeprefix("_do_") for name in dir(Service) if name.startswith("_do_"))]
 FIELDS = ["key", "keys", "by", "id", "split", "ranks", "generation", "ends", "event", "group", "within", "token", "at"]
 # Ordinary values that let a request reach its last line, one or two of which are spoilt.
 PLAIN = {
@@ -399,9 +400,9 @@ def test_a_member_that_ends_in_the_middle_of_a_frame(cut):
         admitted_then_gone.close()
         job.check()
         deadline = time.monotonic() + 2
-        while not job.hub.lost and time.monotonic() < deadline:
+        while not job.hub.service.lost and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert set(job.hub.lost) == {3}
+        assert set(job.hub.service.lost) == {3}
 
 
 def test_the_client_says_why_it_was_refused():

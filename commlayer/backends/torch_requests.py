@@ -1,0 +1,99 @@
+"""Requests of torch.distributed's process groups, and of messages through a store."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from commlayer.errors import CollectiveMismatch, CommError, CommTimeout, PeerLost
+from commlayer.work import Work
+
+
+class Native(Work):
+    """A request of torch.distributed, with the tensors it works on."""
+
+    __slots__ = ("_comm", "_tensors", "_what", "_work")
+
+    def __init__(self, comm: Any, work: Any, what: str, *tensors: Any) -> None:
+        self.result = None
+        self._comm, self._work, self._what, self._tensors = comm, work, what, tensors
+
+    def done(self) -> bool:
+        return self._work is None or self._work.is_completed()
+
+    def wait(self, timeout: float | None = None) -> Any:
+        work = self._work
+        if work is not None:
+            try:
+                if timeout is None and self._comm.asynchronous:
+                    work.wait()
+                else:
+                    work.wait(timedelta(seconds=self._comm.limit(timeout)))
+            except RuntimeError as error:
+                raise self._comm.translated(error, self._what) from error
+            self._work, self._tensors = None, ()
+        return self.result
+
+    def __del__(self) -> None:
+        # Dropped without wait(). A gloo message is only as alive as its handle; and close() must not wait without
+        # limit for a collective that the others never join.
+        if getattr(self, "_work", None) is not None:
+            self._comm.adopt(self._work, self._what in ("send", "recv", "exchange"), self._tensors)
+
+
+def translate(error: RuntimeError, where: str) -> CommError:
+    """The error of the layer's own tree that says the same as torch's."""
+    text = str(error)
+    if "imed out" in text or "imeout" in text:
+        return CommTimeout(f"{where}: {text}")
+    if any(words in text for words in ("closed by peer", "reset by peer", "Broken pipe", "refused", "shutdown")):
+        return PeerLost(f"{where}: {text}")
+    if "size mismatch" in text or "sizes do not match" in text:
+        return CollectiveMismatch(f"{where}: {text}")
+    return CommError(f"{where}: {text}")
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    """The same memory, apart from autograd.
+
+    gloo's worker threads copy into results with grad mode on: that would be recorded as part of the graph, and is
+    forbidden for a view made under no_grad and for an inference tensor.
+    """
+    if not x.is_inference():
+        return x.detach()
+    with torch.inference_mode(False):
+        plain = torch.empty(0, dtype=x.dtype, device=x.device)
+        return plain.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+
+class Letter(Work):
+    """What another rank posted under a key of the store."""
+
+    __slots__ = ("_comm", "_key", "_x")
+
+    def __init__(self, comm: Any, key: str, x: torch.Tensor) -> None:
+        self.result = None
+        self._comm, self._key = comm, key
+        self._x: torch.Tensor | None = x
+
+    def done(self) -> bool:
+        return self._x is None or self._comm._store.check([self._key])
+
+    def wait(self, timeout: float | None = None) -> Any:
+        if self._x is not None:
+            end = time.monotonic() + self._comm.limit(timeout)
+            pause = 1e-4
+            while not self.done():
+                if self._comm.failure is not None or time.monotonic() > end:
+                    raise self._comm.failure or CommTimeout(f"waiting for {self._key}: not finished in time")
+                time.sleep(pause)
+                pause = min(pause * 1.5, 0.02)
+            data = self._comm._store.get(self._key)
+            self._comm._store.delete_key(self._key)
+            with torch.no_grad():
+                self._x.view(torch.uint8).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            self._x = None
+        return self.result
