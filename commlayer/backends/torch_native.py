@@ -227,12 +227,22 @@ class TorchCommunicator(Communicator):
         """Wake who waits: by the group's own abort, or by what ends all connections of a gloo group."""
         self.failure = error
         with self._ending, suppress(RuntimeError, CommError):
-            if self.name != "gloo":
+            if self.name == "gloo":
+                self._poison()
+            else:
                 self.group.abort()
-            elif self.size > 1:
-                # A message that times out closes every pair, and each pending operation ends with an error.
-                nothing = torch.empty(1, dtype=torch.uint8)
-                self.group.recv([nothing], (self.rank + 1) % self.size, POISON_TAG).wait(timedelta(milliseconds=1))
+
+    def _poison(self) -> None:
+        # In gloo, a message that times out closes every pair, and each pending operation ends with an error; from a
+        # rank whose pair is closed already, it does not come so far.
+        nothing = torch.empty(1, dtype=torch.uint8)
+        for step in range(1, self.size):
+            try:
+                source = (self.rank + step) % self.size
+                self.group.recv([nothing], source, POISON_TAG).wait(timedelta(milliseconds=1))
+            except RuntimeError as error:
+                if "imed out" in str(error):
+                    break
 
     def subgroup(self, ranks: Sequence[int], seat: Seat) -> TorchCommunicator:
         name = f"{seat.generation}/{seat.label}/"

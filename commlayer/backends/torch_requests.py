@@ -27,6 +27,8 @@ class Native(Work):
     def wait(self, timeout: float | None = None) -> Any:
         work = self._work
         if work is not None:
+            if self._comm.failure is not None and not work.is_completed():
+                raise self._comm.failure  # perhaps started after all that waited was woken
             try:
                 if timeout is None and self._comm.asynchronous:
                     work.wait()

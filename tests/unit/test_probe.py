@@ -195,7 +195,10 @@ def test_no_variable_of_a_launcher_reaches_the_prober():
 def test_nothing_is_left_when_the_command_is_interrupted(backend, sign, tmp_path):
     mark = f"MARK_OF_{os.getpid()}_{time.monotonic_ns()}"
     env = {**os.environ, mark: "1", "TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "commlayer", "probe", "--backend", backend]
+    # Under a shell's "&" or nohup SIGINT is ignored, and stays so in what is started there.
+    default = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program = f"{default}sys.argv[0] = 'commlayer'; from commlayer.cli import app; app()"
+    command = [sys.executable, "-c", program, "probe", "--backend", backend]
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE) as process:
         until = time.monotonic() + 60
         while len(list(tmp_path.glob("commlayer-probe-*"))) < 1 or len(_marked(mark)) < 5:
