@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from commlayer import bootstrap, rendezvous
-from commlayer.backends import threads
+from commlayer.backends import threads, torch_native
 from commlayer.backends.base import Communicator
 from commlayer.control import Client
 from commlayer.control.local import Board, Local
@@ -258,6 +258,10 @@ def _leave() -> None:
         rendezvous.leave(LINGER if _is_broken() else _timeout)
         if signal.getsignal(signal.SIGUSR1) not in (signal.SIG_DFL, signal.SIG_IGN):
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # hydra sends it as ranks leave; Python would reset a handler
+        if torch_native.stuck:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)  # the end of the interpreter would wait for them, or abort
 
 
 def _is_broken() -> bool:

@@ -27,7 +27,7 @@ from commlayer.reduce_op import ReduceOp
 
 ASKING = 0.3  # seconds for the others to say where they are
 NEWS = 1.0  # seconds that news of a lost rank may take, when the backend has noticed first
-GRACE = 2.0  # seconds for messages of a rank that has left to arrive
+GRACE = 1.0  # seconds for messages of a rank that has left to arrive
 
 
 class Watchdog:

@@ -98,10 +98,10 @@ class Communicator(ABC, Collectives):
         return [value] if self.seat is None else self.seat.share(value, self.timeout)
 
     def limit(self, timeout: float | None) -> float:
-        """Seconds that a wait may take from now."""
-        if timeout is not None:
-            return timeout
-        return self.timeout if self.deadline is None else max(self.deadline - time.perf_counter(), 1e-3)
+        """Seconds that a wait may take from now; a millisecond at the least, for torch takes less for no limit."""
+        if timeout is None:
+            timeout = self.timeout if self.deadline is None else self.deadline - time.perf_counter()
+        return max(timeout, 1e-3)
 
     def progress(self) -> None:
         """Let messages under way move on, where that takes calls (MPI)."""

@@ -44,6 +44,7 @@ BATCHED = frozenset({"nccl", "xccl", "ccl"})
 
 
 UNLIMITED = timedelta(days=1)  # for the process groups: deadlines are the layer's own
+STUCK = 2.0  # seconds for the worker threads of a broken group to end
 POISON_TAG = (1 << 31) - 1
 
 
@@ -283,9 +284,27 @@ class TorchCommunicator(Communicator):
         self._messages.clear()
         self._collectives.clear()
         with self._ending:
-            group, self.group = self.group, Closed()
-        if self.owned and self.name != "gloo" and hasattr(group, "shutdown"):
-            group.shutdown()
+            group, self.group = [self.group], Closed()
+        if self.owned and self.name != "gloo" and hasattr(group[0], "shutdown"):
+            group[0].shutdown()
+        if self.failure is None or not self.owned:
+            group.clear()
+        elif not _cleared_in_time(group):
+            stuck.append(group)
+
+
+stuck: list[Any] = []  # groups whose worker threads do not end: such a process can only leave by os._exit
+
+
+def _cleared_in_time(group: list[Any]) -> bool:
+    """Drop the last reference to a broken group, whose end waits for threads that may wait for ever."""
+    try:
+        thread = threading.Thread(target=group.clear, name="commlayer-close", daemon=True)
+        thread.start()
+    except RuntimeError:  # too late in the life of this process
+        return False
+    thread.join(STUCK)
+    return not thread.is_alive()
 
 
 def create(

@@ -11,6 +11,10 @@ import torch
 from commlayer.errors import CollectiveMismatch, CommError, CommTimeout, PeerLost
 from commlayer.work import Work
 
+# Of these a wait that times out ends the whole group, in gloo.
+MESSAGES = frozenset({"send", "recv", "exchange"})
+PART = 0.2  # seconds
+
 
 class Native(Work):
     """A request of torch.distributed, with the tensors it works on."""
@@ -25,25 +29,41 @@ class Native(Work):
         return self._work is None or self._work.is_completed()
 
     def wait(self, timeout: float | None = None) -> Any:
-        work = self._work
-        if work is not None:
-            if self._comm.failure is not None and not work.is_completed():
-                raise self._comm.failure  # perhaps started after all that waited was woken
+        if self._work is not None:
             try:
-                if timeout is None and self._comm.asynchronous:
-                    work.wait()
-                else:
-                    work.wait(timedelta(seconds=self._comm.limit(timeout)))
+                self._wait(self._work, timeout)
             except RuntimeError as error:
                 raise self._comm.translated(error, self._what) from error
             self._work, self._tensors = None, ()
         return self.result
 
+    def _wait(self, work: Any, timeout: float | None) -> None:
+        comm = self._comm
+        if timeout is None and comm.asynchronous:
+            work.wait()
+            return
+        limit = comm.limit(timeout)
+        if self._what in MESSAGES:
+            if comm.failure is not None:
+                raise comm.failure  # perhaps started after all that waited was woken
+            work.wait(timedelta(seconds=limit))
+            return
+        # In parts, since gloo now and then overlooks that a connection has ended.
+        end = time.perf_counter() + limit
+        while True:
+            try:
+                work.wait(timedelta(seconds=max(min(limit, PART), 1e-3)))  # none at all, to torch, is no limit
+                return
+            except RuntimeError:
+                limit = end - time.perf_counter()
+                if work.is_completed() or comm.failure is not None or limit <= 0:
+                    raise
+
     def __del__(self) -> None:
         # Dropped without wait(). A gloo message is only as alive as its handle; and close() must not wait without
         # limit for a collective that the others never join.
         if getattr(self, "_work", None) is not None:
-            self._comm.adopt(self._work, self._what in ("send", "recv", "exchange"), self._tensors)
+            self._comm.adopt(self._work, self._what in MESSAGES, self._tensors)
 
 
 def translate(error: RuntimeError, where: str) -> CommError:

@@ -32,8 +32,12 @@ def obtain(comm: Communicator, policy: str, trusted: bool, shipped: Callable[[],
         if comm.rank != hosts.index(here):
             return b""
         found = None if policy == "always" else cached(Identity.of(comm))
-        probed = found is None
-        return (found or _probe(comm)).to_json().encode()
+        if found is None:
+            try:
+                found, probed = _probe(comm), True
+            except BackendUnavailable as error:
+                found = _without_a_probe(shipped, error)
+        return found.to_json().encode()
 
     texts = zip(hosts, agree(comm, answer), strict=True)
     profiles = {host: Profile.from_json(text.decode(), f"of {host}") for host, text in texts if text}
@@ -41,6 +45,16 @@ def obtain(comm: Communicator, policy: str, trusted: bool, shipped: Callable[[],
     if probed:
         _keep(merge(mine, profiles.values()), cut_short=_seconds(comm) < SECONDS)
     return mine
+
+
+def _without_a_probe(shipped: Callable[[], Profile], error: BackendUnavailable) -> Profile:
+    """The shipped profile, if there is one; with one device for each process, say, two ranks cannot be tried."""
+    try:
+        found = shipped()
+    except BackendUnavailable:
+        raise error from None
+    _say(f"{error}; so its shipped profile {found.name} counts, which nobody has tried here")
+    return found
 
 
 def agree(comm: Communicator, make: Callable[[], bytes]) -> list[bytes]:

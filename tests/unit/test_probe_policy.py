@@ -49,7 +49,11 @@ class Seat:
         return values
 
 
-def start(monkeypatch, hosts, answers, setting="auto", trusted=False, timeout=600.0):
+def none_is_shipped():
+    raise BackendUnavailable("backend smoke: no capability profile is shipped for it")
+
+
+def start(monkeypatch, hosts, answers, setting="auto", trusted=False, timeout=600.0, shipped=lambda: SHIPPED):
     """Each rank's profile or error, and on which hosts it was probed. ``answers`` are by host."""
     probed: Counter[str] = Counter()
     here = threading.local()
@@ -73,7 +77,7 @@ def start(monkeypatch, hosts, answers, setting="auto", trusted=False, timeout=60
     def run(seat, host):
         here.host = host
         try:
-            results[seat.rank] = policy.obtain(seat, setting, trusted, lambda: SHIPPED)
+            results[seat.rank] = policy.obtain(seat, setting, trusted, shipped)
         except (BackendUnavailable, ValueError) as error:
             results[seat.rank] = error
 
@@ -115,9 +119,17 @@ def test_one_rank_of_each_node_probes_and_the_nodes_are_intersected(monkeypatch,
         assert CapabilitySet((result,)).status(BROADCAST)[0] == "hang"
 
 
+def test_where_a_probe_cannot_be_run_the_shipped_profile_counts(monkeypatch, cache, capsys):
+    """As with one device for each process, of which two ranks cannot be made."""
+    answers = {"a": profile("all_reduce"), "b": BackendUnavailable("backend smoke cannot be probed: no fire")}
+    results, _, _ = start(monkeypatch, "abab", answers)
+    assert results[1] == results[3] == SHIPPED
+    assert "no fire; so its shipped profile" in capsys.readouterr().err
+
+
 def test_a_probe_that_cannot_be_run_is_the_same_error_on_all_ranks(monkeypatch, cache):
     answers = {"a": profile("all_reduce"), "b": BackendUnavailable("backend smoke cannot be probed: no fire")}
-    results, probed, _ = start(monkeypatch, "abab", answers)
+    results, probed, _ = start(monkeypatch, "abab", answers, shipped=none_is_shipped)
     assert [str(result) for result in results] == ["backend smoke cannot be probed: no fire"] * 4
     assert {type(result) for result in results} == {BackendUnavailable}
     assert probed == {"a": 1, "b": 1}
