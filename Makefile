@@ -1,6 +1,6 @@
 # make demo   a ViT learns real temperature fields on two ranks (about a minute)
 # make test   unit tests, then the same contracts on gloo and MPI
-# make test-faults   every fault and 1,000 random ones, on gloo and MPI, into docs/reliability.md (about 45 minutes)
+# make test-faults   every fault and 1,200 random ones, on gloo and MPI, into docs/reliability.md (about 25 minutes)
 # make lint   ruff, mypy, import-linter
 # Each makes its own virtual environment if there is none.
 

@@ -9,6 +9,7 @@ connection breaks, the child is killed.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -20,6 +21,8 @@ from contextlib import suppress
 from typing import Any
 
 from tests.faults import rank
+
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def serve(path: str) -> dict[str, Any] | None:
@@ -41,8 +44,6 @@ def serve(path: str) -> dict[str, Any] | None:
         for key, _ in selector.select():
             source: Any = key.fileobj
             if source is sys.stdin:
-                for pid in children:
-                    os.kill(pid, signal.SIGKILL)
                 return None
             if source is listener:
                 asked, _ = listener.accept()
@@ -51,6 +52,7 @@ def serve(path: str) -> dict[str, Any] | None:
                 pid = os.fork()
                 if pid == 0:
                     os.setsid()
+                    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # however the parent ends
                     signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     others = [other for other, _ in children.values()]
