@@ -1,6 +1,7 @@
 """``python -m tests.faults``: every fault on every backend, and 1,000 random schedules, into docs/reliability.md.
 
-``--schedules N`` plays another number; on MPI it is a fifth, since its jobs take longer. The status is 1 if anything is not as promised, and the page says what.
+``--schedules N`` plays another number; on MPI it is a fifth, since its jobs take longer. The status is 1 if anything is
+not as promised, and the page says what.
 """
 
 from __future__ import annotations
