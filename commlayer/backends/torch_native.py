@@ -141,6 +141,9 @@ class TorchCommunicator(Communicator):
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work:
         options = self._options(c10d.ReduceScatterOptions, reduceOp=self._operation(op))
+        if self.name == "gloo":
+            # An all_reduce does it there, and a wait for it passes no limit on: that one's own must be right.
+            options.timeout = timedelta(seconds=self.limit(None))
         if counts is None:
             return self._start("reduce_scatter", self.group._reduce_scatter_base, plain(out), x, options)
         rows = pieces(x, counts, self.size)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from commlayer.control.store import HubStore
 from commlayer.errors import CollectiveMismatch, CommError, CommTimeout, PeerLost
 from commlayer.work import Work
 
@@ -106,15 +107,18 @@ class Letter(Work):
 
     def wait(self, timeout: float | None = None) -> Any:
         if self._x is not None:
-            end = time.monotonic() + self._comm.limit(timeout)
-            pause = 1e-4
-            while not self.done():
-                if self._comm.failure is not None or time.monotonic() > end:
-                    raise self._comm.failure or CommTimeout(f"waiting for {self._key}: not finished in time")
-                time.sleep(pause)
-                pause = min(pause * 1.5, 0.02)
-            data = self._comm._store.get(self._key)
-            self._comm._store.delete_key(self._key)
+            store, limit = self._comm._store, self._comm.limit(timeout)
+            try:
+                if isinstance(store, HubStore):
+                    data = store.take(self._key, limit)
+                else:
+                    store.wait([self._key], timedelta(seconds=limit))
+                    data = store.get(self._key)
+                    store.delete_key(self._key)
+            except CommError:
+                raise
+            except RuntimeError as error:
+                raise self._comm.translated(error, f"waiting for {self._key}") from error
             with torch.no_grad():
                 self._x.view(torch.uint8).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
             self._x = None

@@ -80,10 +80,18 @@ class Client:
         self._send({"do": "set", "key": key}, value)
 
     def get(
-        self, keys: Sequence[str], timeout: float, ranks: Sequence[int] = (), idle: Callable[[], None] | None = None
+        self,
+        keys: Sequence[str],
+        timeout: float,
+        ranks: Sequence[int] = (),
+        idle: Callable[[], None] | None = None,
+        take: bool = False,
     ) -> list[bytes]:
-        """The values of these keys, once all are there. Raises CommTimeout; PeerLost where one of ``ranks`` dies."""
-        request = {"do": "get", "keys": list(keys), "ranks": compact(tuple(ranks))}
+        """The values of these keys, once all are there; with ``take`` they are gone then.
+
+        Raises CommTimeout; PeerLost where one of ``ranks`` dies.
+        """
+        request = {"do": "get", "keys": list(keys), "ranks": compact(tuple(ranks)), "take": take}
         header, body = self._ask(request, timeout=timeout, what=f"waiting for {keys[0]}", idle=idle)
         if "lost" in header:
             raise PeerLost(f"waiting for {keys[0]}: rank {header['lost']} is lost: {header['why']}")

@@ -74,17 +74,18 @@ class Local:
             self._board.changed.notify_all()
 
     def get(
-        self, keys: Sequence[str], timeout: float, ranks: Sequence[int] = (), idle: Callable[[], None] | None = None
+        self,
+        keys: Sequence[str],
+        timeout: float,
+        ranks: Sequence[int] = (),
+        idle: Callable[[], None] | None = None,
+        take: bool = False,
     ) -> list[bytes]:
         values = self._board.values
         with self._board.changed:
             if not self._board.changed.wait_for(lambda: all(key in values for key in keys), timeout):
                 raise CommTimeout(f"waiting for {keys[0]}: no answer after {timeout:g} s")
-            return [values[key] for key in keys]
-
-    def delete(self, key: str) -> bool:
-        with self._board.changed:
-            return self._board.values.pop(key, None) is not None
+            return [values.pop(key) if take else values[key] for key in keys]
 
     def meet(
         self, key: str, ranks: Sequence[int], payload: bytes, timeout: float, idle: Callable[[], None] | None = None

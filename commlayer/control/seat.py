@@ -24,10 +24,13 @@ class Control(Protocol):
     def set(self, key: str, value: bytes) -> None: ...
 
     def get(
-        self, keys: Sequence[str], timeout: float, ranks: Sequence[int] = (), idle: Callable[[], None] | None = None
+        self,
+        keys: Sequence[str],
+        timeout: float,
+        ranks: Sequence[int] = (),
+        idle: Callable[[], None] | None = None,
+        take: bool = False,
     ) -> list[bytes]: ...
-
-    def delete(self, key: str) -> bool: ...
 
     def meet(
         self, key: str, ranks: Sequence[int], payload: bytes, timeout: float, idle: Callable[[], None] | None = None
@@ -58,9 +61,7 @@ class Seat:
     def take(self, key: str, rank: int, timeout: float) -> bytes:
         """The value that another rank of the group sets, once it is there; it is gone then."""
         name = f"{self.generation}/{self.label}/{key}"
-        value = self.control.get([name], timeout, [self.ranks[rank]], self._idle)[0]
-        self.control.delete(name)
-        return value
+        return self.control.get([name], timeout, [self.ranks[rank]], self._idle, take=True)[0]
 
     def share(self, value: bytes, timeout: float) -> list[bytes]:
         """Every rank's value; called by all, in the same order."""

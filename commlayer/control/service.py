@@ -104,6 +104,8 @@ class Service:
                 self._send(rank, {"id": number, "lost": lost[0], "why": gone[lost[0]]})
             elif missing is None:
                 values = [self._values[key] for key in keys]
+                for key in keys if header.get("take") is True else ():
+                    self._values.pop(key, None)
                 self._send(rank, {"id": number, "sizes": [len(value) for value in values]}, b"".join(values))
             else:
                 self._wanted.setdefault(missing, []).append(attempt)

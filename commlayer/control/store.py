@@ -33,6 +33,10 @@ class HubStore(dist.Store):
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         self._get(keys, self._timeout if timeout is None else timeout.total_seconds())
 
+    def take(self, key: str, timeout: float) -> bytes:
+        """The value of a key, once it is there; it is gone then."""
+        return self._client.get([self._prefix + key], timeout, self._ranks, take=True)[0]
+
     def _get(self, keys: Sequence[str], timeout: float) -> list[bytes]:
         return self._client.get([self._prefix + key for key in keys], timeout, self._ranks)
 

@@ -195,6 +195,44 @@ def test_timeouts_of_emulated_and_native_operations(tmp_path, launcher):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_operation_has_its_deadline(tmp_path, launcher):
+    """gloo's reduce_scatter, for one, passes the limit of a wait on to nobody."""
+    program = """
+        import os, sys, time
+        import torch, commlayer as c
+        world = c.init(timeout=60)
+        x = torch.ones(12)
+        calls = {
+            "all_reduce": {}, "reduce": {}, "broadcast": {"src": 1}, "all_gather": {}, "reduce_scatter": {},
+            "all_to_all": {}, "gather": {}, "scatter": {"src": 1}, "sendrecv": {"src": 1, "dst": 1}, "barrier": None,
+        }
+        groups = [world.new_group([0, 1]) for _ in range(2 * len(calls))]
+        for uneven in (False, True):
+            for name, more in calls.items():
+                group, start = groups.pop(), time.monotonic()
+                if world.rank or (uneven and name not in ("all_gather", "reduce_scatter", "all_to_all")):
+                    continue
+                if uneven:
+                    splits = {"input_splits": [6, 6], "output_splits": [6, 6]}
+                    more = splits if name == "all_to_all" else {"sizes": [6, 6]}
+                    y = x[:6] if name == "all_gather" else x
+                else:
+                    y = x
+                try:
+                    getattr(c, name)(*(() if more is None else (y,)), **(more or {}), group=group, timeout=0.5)
+                except c.CommTimeout:
+                    if 0.4 < time.monotonic() - start < 1.5:
+                        sys.stdout.write(f"said {name} {uneven}\\n")
+        sys.stdout.flush()
+        if world.rank:
+            time.sleep(20)
+        os._exit(0)
+    """
+    said = [line for line in job(launcher, 2, program, tmp_path).stdout.splitlines() if line.startswith("said")]
+    assert len(said) == 13
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_debug_compares_what_ranks_call(tmp_path, launcher):
     program = """
         import sys
