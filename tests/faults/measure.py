@@ -125,6 +125,8 @@ def judge(
         if rank.status is None:
             wrong.append("did not end")
         if error is None:
+            if promise == FINE and rank.status != 0:
+                wrong.append(f"status {rank.status} although nothing went wrong")
             continue
         if rank.status not in (1, *(ABORTED if outcome.launched else ())) and promise != UNCHECKED:
             wrong.append(f"status {rank.status} after an error")
@@ -136,7 +138,7 @@ def judge(
             wrong.append(f"the next call on the group: {again}")
     left = ", ".join(outcome.left) or "nothing"
     statuses = ", ".join(sorted({str(rank.status) for rank in judged}))
-    if outcome.launched is not None:
+    if outcome.launched is not None and any(errors):
         # MPI_Abort ends the job through the launcher, which kills whoever has not left yet: its status counts.
         statuses = str(outcome.launched)
     errors_seen = ", ".join(sorted({WORDS.get(what, what) for what in seen}))
