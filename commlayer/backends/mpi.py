@@ -14,6 +14,7 @@ import torch
 
 from commlayer.arithmetic import premultiplied
 from commlayer.backends.base import INTERNAL_TAG, Closed, Communicator, Counts, Message, messages_to_all, offsets
+from commlayer.backends.mpi_job import unlink_segments
 from commlayer.backends.mpi_requests import MPI, Pending, Received, abandoned, finish, in_time, reap, translate
 from commlayer.control.seat import Seat
 from commlayer.errors import CommError
@@ -187,7 +188,9 @@ def _spin(comm: MPI.Intracomm) -> float:
 
 def world(timeout: float) -> MpiCommunicator:
     """All ranks the MPI launcher started, on a communicator of the layer's own."""
-    return _translated(lambda: MpiCommunicator(_duplicate(MPI.COMM_WORLD, timeout), timeout))
+    made = _translated(lambda: MpiCommunicator(_duplicate(MPI.COMM_WORLD, timeout), timeout))
+    unlink_segments()
+    return made
 
 
 def _duplicate(comm: MPI.Intracomm, timeout: float) -> MPI.Intracomm:

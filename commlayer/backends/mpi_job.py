@@ -21,13 +21,13 @@ def exchange(value: bytes, timeout: float) -> list[bytes]:
     world = MPI.COMM_WORLD
     mine, sizes = np.array([len(value)]), np.empty(world.size, dtype=int)
     finish(world.Iallgather(mine, sizes), timeout, mine, sizes)
-    _unlink_segments()
+    unlink_segments()
     row, rows = np.frombuffer(value, dtype=np.uint8), np.empty(sizes.sum(), dtype=np.uint8)
     finish(world.Iallgatherv(row, (rows, sizes)), timeout, row, rows)
     return [part.tobytes() for part in np.split(rows, np.cumsum(sizes)[:-1])]
 
 
-def _unlink_segments() -> None:
+def unlink_segments() -> None:
     """Take MPICH's shared memory off the file system, once every process has it mapped.
 
     Else a job that does not end in MPI_Finalize leaves it in /dev/shm for ever.
