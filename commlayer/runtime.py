@@ -149,11 +149,6 @@ def world() -> Group:
     return found
 
 
-def launched() -> Launch | None:
-    """How this process was started, as init found it."""
-    return _launch
-
-
 def start_torch_distributed() -> None:
     """See to it that torch.distributed runs over the world's ranks; collective where it does not yet."""
     global _started_torch
