@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -22,6 +24,9 @@ from commlayer.watchdog import Watch, Watchdog
 from commlayer.work import Work, gather_works
 
 Runner = Callable[["Planned", str, tuple[Any, ...]], Work]
+
+_HANDLES = itertools.count()  # each a number of its own, on this process
+_GROUPS: WeakValueDictionary[int, Group] = WeakValueDictionary()
 
 
 class FallbackWarning(UserWarning):
@@ -141,7 +146,7 @@ class Group:
     """An ordered set of ranks on one backend.
 
     ``rank`` and ``size`` are group-local, ``ranks`` are the members' ranks in the world. On a process that is not
-    a member, ``rank`` is -1 and every operation is a ValueError.
+    a member, ``rank`` is -1 and every operation is a ValueError. ``handle`` is a number for :meth:`of`, of this process.
     """
 
     def __init__(
@@ -161,6 +166,8 @@ class Group:
         self._comm = comm
         self._children: list[Group] = []
         self._closed = False
+        self.handle = next(_HANDLES)
+        _GROUPS[self.handle] = self
         self.rank: int
         self.backend: str
         self.device: torch.device
@@ -178,6 +185,19 @@ class Group:
     @property
     def is_member(self) -> bool:
         return self.rank >= 0
+
+    @classmethod
+    def alone(cls, device: torch.device | str = "cpu") -> Group:
+        """A group of this process and no other, which needs no init: for modules that also run serially."""
+        return cls(Single(torch.device(device), 0.0), (0,), CapabilitySet((EVERYTHING,)))
+
+    @staticmethod
+    def of(handle: int) -> Group:
+        """The group with this ``handle``: where only numbers can be passed, as into operators of compiled graphs."""
+        return _GROUPS[handle]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return self  # a copied module talks to the same ranks
 
     def __repr__(self) -> str:
         place = f"rank {self.rank} of {self.size}" if self.is_member else f"not a member, {self.size} ranks"

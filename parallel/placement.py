@@ -1,0 +1,146 @@
+"""Where a parameter lives on the mesh: cut along an axis, or whole on every rank of it with partial gradients.
+
+What optimisers, clipping, checkpoints and data parallelism have to know about a parameter, and cannot see in its
+numbers. Three kinds of parameter exist on an axis:
+
+- *sharded* over it: each rank holds a part (:func:`mark_sharded`; the parallel layers do so themselves);
+- *replicated, with sharded activations*: each rank holds all of it, but has seen only a part of the tokens, so that
+  its gradient is a partial sum (:func:`mark_replicated`; norms under sequence or context parallelism);
+- *replicated, with replicated activations*: every rank has the whole gradient already. Such are all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import commlayer
+from commlayer import Group
+
+Marked = TypeVar("Marked", nn.Parameter, nn.Module)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One cut: dim ``dim``, into parts of these extents, over ``group``, which the mesh calls ``axis``."""
+
+    axis: str
+    group: Group
+    dim: int
+    sizes: tuple[int, ...]
+
+    def narrow(self, full: Tensor) -> Tensor:
+        """This rank's part of a tensor that is whole along ``dim``: a view."""
+        return full.narrow(self.dim, sum(self.sizes[: self.group.rank]), self.sizes[self.group.rank])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """``shards`` in the order in which they were cut; ``partial``: axes over which gradients are partial sums."""
+
+    shards: tuple[Shard, ...] = ()
+    partial: tuple[str, ...] = ()
+
+
+def placement(param: Tensor) -> Placement:
+    """What was marked on ``param``; nothing means: the same on every rank, with the whole gradient."""
+    found: Placement = getattr(param, "_placement", Placement())
+    return found
+
+
+def mark_sharded(param: nn.Parameter, dim: int, *, axis: str, group: Group, sizes: Sequence[int]) -> nn.Parameter:
+    """Say that ``param`` is this rank's part along ``dim`` of a tensor cut into ``sizes`` over ``group``.
+
+    Raises ValueError where ``sizes`` contradict the group or the parameter's shape.
+    """
+    if len(sizes) != group.size or sizes[group.rank] != param.shape[dim]:
+        raise ValueError(
+            f"sizes: {list(sizes)} for {group.size} ranks, but dim {dim} of the parameter has {param.shape[dim]} on "
+            f"rank {group.rank}"
+        )
+    known = placement(param)
+    if axis in known.partial or any(shard.axis == axis for shard in known.shards):
+        raise ValueError(f"axis: the parameter is marked as {_words(known)} already, so it cannot be cut over {axis}")
+    shard = Shard(axis, group, dim % param.ndim, tuple(sizes))
+    _mark(param, replace(known, shards=(*known.shards, shard)))
+    return param
+
+
+def mark_replicated(what: Marked, axes: Sequence[str]) -> Marked:
+    """Say that a parameter, or every one of a module, is whole on each rank along ``axes`` but sees only a part there.
+
+    Its gradient then is a partial sum on each rank; ``DataParallel(model, mesh=mesh)`` adds it up over these axes,
+    once, in the same reduction as over the data axis. Marks add up. Raises ValueError for a parameter that is sharded
+    over one of them.
+
+    >>> mark_replicated(model.norm, axes=("cp",))
+    """
+    if isinstance(axes, str):
+        raise TypeError(f"axes: expected a sequence of names such as ('cp',), got {axes!r}")
+    for param in what.parameters() if isinstance(what, nn.Module) else (what,):
+        known = placement(param)
+        if cut := {shard.axis for shard in known.shards} & set(axes):
+            raise ValueError(f"axes: the parameter is {_words(known)}, so it is not replicated over {', '.join(cut)}")
+        _mark(param, replace(known, partial=tuple(dict.fromkeys((*known.partial, *axes)))))
+    return what
+
+
+def full_shape(param: Tensor) -> list[int]:
+    """The shape of the whole parameter, of which ``param`` may be a part."""
+    shape = list(param.shape)
+    for shard in placement(param).shards:
+        shape[shard.dim] = sum(shard.sizes)
+    return shape
+
+
+def gather_full(part: Tensor, param: Tensor) -> Tensor:
+    """The whole of ``part``, a tensor that is cut like ``param``: itself, its gradient, its optimiser state.
+
+    Collective over the groups that ``param`` is sharded over.
+    """
+    full = part.detach()
+    for shard in reversed(placement(param).shards):
+        full = commlayer.all_gather(full, dim=shard.dim, sizes=shard.sizes, group=shard.group)
+    return full
+
+
+def part_of(full: Tensor, param: Tensor) -> Tensor:
+    """This rank's part of ``full``, cut like ``param``: a view."""
+    for shard in placement(param).shards:
+        full = shard.narrow(full)
+    return full
+
+
+@torch.no_grad()
+def initialise(param: Tensor, fill: Callable[[Tensor], object]) -> None:
+    """Fill ``param`` with its part of what ``fill`` makes of the whole tensor, in place.
+
+    So every rank draws the same numbers in the same order as a single process would: a sharded model starts with the
+    same bits as the serial one of the same seed, and the generator goes on alike.
+    """
+    if not placement(param).shards or param.device.type == "meta":
+        fill(param)
+        return
+    full = torch.empty(full_shape(param), dtype=param.dtype, device=param.device)
+    fill(full)
+    param.copy_(part_of(full, param))
+
+
+def _mark(param: Tensor, marks: Placement) -> None:
+    def deepcopy(memo: dict[int, object]) -> Tensor:
+        # nn.Parameter's own forgets attributes, and gradients would silently go unreduced.
+        copied = type(param).__deepcopy__(param, memo)
+        _mark(copied, marks)
+        return copied
+
+    param._placement = marks  # type: ignore[attr-defined]
+    param.__deepcopy__ = deepcopy  # type: ignore[method-assign]
+
+
+def _words(marks: Placement) -> str:
+    cut = [f"cut over {shard.axis}" for shard in marks.shards]
+    return ", ".join([*cut, *(f"replicated over {axis}" for axis in marks.partial)])
