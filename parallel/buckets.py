@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from commlayer import CommError, UnsupportedOperation, Work
+from commlayer import CommError, Group, ReduceOp, UnsupportedOperation, Work
+
+
+class Reduction(NamedTuple):
+    """What makes gradients whole: ``op`` over ``group``."""
+
+    group: Group
+    op: ReduceOp
 
 
 class Slot:
@@ -43,7 +50,8 @@ class Slot:
 class Bucket:
     """Gradients that are reduced together: ``flat`` holds the views of the slots, then one flag per slot."""
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]]) -> None:
+    def __init__(self, named: list[tuple[str, nn.Parameter]], reduction: Reduction) -> None:
+        self.reduction = reduction
         like = named[0][1]
         total = sum(p.numel() for _, p in named)
         self.flat = torch.zeros(total + len(named), dtype=like.dtype, device=like.device)
@@ -98,12 +106,14 @@ class Bucket:
         self.work = Work()
 
 
-def make_buckets(module: nn.Module, limit: int) -> list[Bucket]:
-    # named_parameters yields tied parameters once.
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+def make_buckets(
+    named: Sequence[tuple[str, nn.Parameter]], limit: int, reduction: Callable[[str], Reduction]
+) -> list[Bucket]:
+    """Buckets of at most ``limit`` bytes, in reverse order; ``reduction`` of a parameter's name."""
     names = {p: n for n, p in named}
-    packs = packs_of([p for _, p in reversed(named)], limit)
-    return [Bucket([(names[p], p) for p in pack]) for pack in packs]
+    reductions = {n: reduction(n) for n, _ in named}
+    packs = packs_of([p for _, p in reversed(named)], limit, lambda p: reductions[names[p]])
+    return [Bucket([(names[p], p) for p in pack], reductions[names[pack[0]]]) for pack in packs]
 
 
 @dataclass
@@ -113,12 +123,14 @@ class _Pack:
     last: int = 0
 
 
-def packs_of(tensors: Iterable[Tensor], limit: int) -> list[list[Any]]:
-    """Tensors packed by dtype and device up to ``limit`` bytes; ordered by the last tensor of each pack."""
+def packs_of(
+    tensors: Sequence[Tensor], limit: int, kind: Callable[[Any], Hashable] = lambda tensor: None
+) -> list[list[Any]]:
+    """Tensors packed by kind, dtype and device up to ``limit`` bytes; ordered by the last tensor of each pack."""
     packs: list[_Pack] = []
-    growing: dict[tuple[torch.dtype, torch.device], _Pack] = {}
+    growing: dict[Hashable, _Pack] = {}
     for i, t in enumerate(tensors):
-        key = t.dtype, t.device
+        key = t.dtype, t.device, kind(t)
         if key not in growing or growing[key].nbytes + t.nbytes > limit:
             growing[key] = _Pack()
             packs.append(growing[key])

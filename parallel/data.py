@@ -16,13 +16,17 @@ backward. A parameter without a gradient on this rank brings zeros. Each bucket 
 parameter, 1 where this rank has a gradient, so the same all-reduce tells whether any rank has one: a
 parameter that **no** rank used since ``zero_grad()`` ends with ``grad`` None, as in torch's
 DistributedDataParallel with ``find_unused_parameters=True``, but without a second collective.
+
+On a mesh, a parameter that :func:`parallel.mark_replicated` marked as replicated over further axes (a norm under
+context parallelism) has its gradients added up over those in the very same all-reduce, over the group of the data
+axis and these axes together: so exactly once, and also where the data axis has one rank.
 """
 
 from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,12 +34,17 @@ import torch
 from torch import Tensor, nn
 
 import commlayer
-from commlayer import AVG, CommError, Group, UnsupportedOperation
-from parallel.buckets import Bucket, Slot, make_buckets, packs_of
+from commlayer import AVG, SUM, CommError, Group, Mesh, UnsupportedOperation, premul_sum
+from parallel.buckets import Bucket, Reduction, Slot, make_buckets, packs_of
+from parallel.placement import placement
 
 
 class DataParallel(nn.Module):
     """Wrap a module so that ``backward()`` leaves the mean of all ranks' gradients in ``p.grad``.
+
+    On a ``mesh`` the mean is over its axis ``dp``, and the gradients of parameters marked by ``mark_replicated`` are
+    added up over the axes they are marked for. The loss of a rank then is that of its own tokens and samples: a part
+    of the sum over ``cp``, a term of the mean over ``dp``.
 
     Where ranks have different numbers of samples, sum the losses and multiply by ``size / global count``: the
     mean over ranks then is the mean over samples. A rank without samples runs an empty batch. (A rank whose
@@ -48,11 +57,13 @@ class DataParallel(nn.Module):
     Args:
         module: on the device it will train on; every rank passes the same architecture.
         group: the data-parallel ranks; by default the world.
+        mesh: instead of a group, for models that are also parallel along other axes.
         bucket_mb: size of a bucket in MiB; the result does not depend on it, the overlap does.
         sync_buffers: before each training forward, broadcast rank 0's buffers (statistics of batch norm).
 
     Raises:
-        ValueError: on all ranks, when parameters or ``bucket_mb`` differ between ranks.
+        ValueError: on all ranks, when parameters or ``bucket_mb`` differ between ranks; when a parameter is marked for
+            an axis that the mesh lacks, or marked at all without a mesh.
         UnsupportedOperation: for sparse gradients, and for a second derivative through ``p.grad``.
     """
 
@@ -61,6 +72,7 @@ class DataParallel(nn.Module):
         module: nn.Module,
         group: Group | None = None,
         *,
+        mesh: Mesh | None = None,
         bucket_mb: float = 25.0,
         sync_buffers: bool = True,
     ) -> None:
@@ -69,14 +81,24 @@ class DataParallel(nn.Module):
             raise ValueError(f"bucket_mb: must be positive, got {bucket_mb}")
         _check_module(module)
         self.module = module
-        self.group = commlayer.world() if group is None else group
+        if mesh is not None and group is not None:
+            raise ValueError("group: give a group or a mesh, not both")
+        self.mesh = mesh
+        if mesh is not None:
+            self.group = mesh["dp"] if "dp" in mesh.axes else Group.alone()
+        else:
+            self.group = commlayer.world() if group is None else group
         self.sync_buffers = sync_buffers
         self._bytes = int(bucket_mb * 2**20)
-        self._check_alike()
-        self._broadcast([*module.parameters(), *module.buffers()])
+        _check_marks(module, mesh)
+        state = [*module.named_parameters(), *module.named_buffers()]
+        self._check_alike(state)
+        self._broadcast(state)
 
         self._frozen = [p for p in module.parameters() if not p.requires_grad]
-        self._buckets = make_buckets(module, self._bytes) if self.group.size > 1 else []
+        # named_parameters yields tied parameters once.
+        reduced = {n: p for n, p in module.named_parameters() if p.requires_grad and self._reduction(p).group.size > 1}
+        self._buckets = make_buckets([*reduced.items()], self._bytes, lambda name: self._reduction(reduced[name]))
         self._sync = True
         self._open = False  # between the first gradient of a synchronised backward and its end
         self._task: int | None = None  # the engine's id of the backward that will call _finish
@@ -95,7 +117,7 @@ class DataParallel(nn.Module):
         if torch.is_grad_enabled():
             self._check_state()
         if self.sync_buffers and self._sync and self.training and torch.is_grad_enabled():
-            self._broadcast(list(self.module.buffers()))
+            self._broadcast(self.module.named_buffers())
         return self.module(*args, **kwargs)
 
     @contextmanager
@@ -135,8 +157,8 @@ class DataParallel(nn.Module):
     def _launch_next(self) -> None:
         bucket = self._buckets[self._launched]
         bucket.collect()
-        flat = bucket.flat
-        bucket.work = commlayer.all_reduce(flat, AVG, group=self.group, out=flat, async_op=True)
+        flat, (group, op) = bucket.flat, bucket.reduction
+        bucket.work = commlayer.all_reduce(flat, op, group=group, out=flat, async_op=True)
         self._launched += 1
 
     def _finish(self) -> None:
@@ -166,32 +188,56 @@ class DataParallel(nn.Module):
                 "would leave its gradient unreduced; wrap the module again"
             )
 
-    def _check_alike(self) -> None:
+    def _reduction(self, param: nn.Parameter) -> Reduction:
+        """The mean over the data axis, the sum over the axes where gradients are partial."""
+        partial = placement(param).partial
+        if not partial:
+            return Reduction(self.group, AVG)
+        assert self.mesh is not None
+        group = self.mesh["-".join([*(["dp"] if "dp" in self.mesh.axes else []), *partial])]
+        if group.size == self.group.size:
+            return Reduction(self.group, AVG)
+        return Reduction(group, SUM if self.group.size == 1 else premul_sum(1 / self.group.size))
+
+    def _copies(self, named: Iterable[tuple[str, Tensor]]) -> dict[Group, dict[str, Tensor]]:
+        """Parameters and buffers by the group whose ranks all have the same of them."""
+        found: dict[Group, dict[str, Tensor]] = {}
+        for name, t in named:
+            group = self.group
+            if self.mesh is not None:
+                cut = {"pp", *(shard.axis for shard in placement(t).shards if shard.group.size > 1)}
+                axes = [axis for axis in self.mesh.axes if axis not in cut]
+                group = self.mesh["-".join(axes)] if axes else Group.alone()
+            found.setdefault(group, {})[name] = t
+        return {group: tensors for group, tensors in found.items() if group.size > 1}
+
+    def _check_alike(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """All ranks raise, rather than one of them, while the others wait for it in a reduction."""
-        mine = [f"bucket_mb {self._bytes / 2**20:g}"]
-        for name, t in [*self.module.named_parameters(), *self.module.named_buffers()]:
-            frozen = isinstance(t, nn.Parameter) and not t.requires_grad
-            mine.append(f"{name}: {str(t.dtype)[6:]} {list(t.shape)}{' frozen' if frozen else ''}")
-        digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
-        if len(set(commlayer.all_gather_object(digest, group=self.group))) == 1:
-            return
-        everyone = commlayer.all_gather_object(mine, group=self.group)
-        for rank, theirs in enumerate(everyone):
-            for i in range(max(len(theirs), len(everyone[0]))):
-                pair = [entries[i] if i < len(entries) else "nothing" for entries in (everyone[0], theirs)]
-                if pair[0] != pair[1]:
-                    raise ValueError(f"module: rank 0 has {pair[0]}, rank {rank} has {pair[1]}")
+        for group, tensors in self._copies(named).items():
+            mine = [f"bucket_mb {self._bytes / 2**20:g}"]
+            for name, t in tensors.items():
+                frozen = isinstance(t, nn.Parameter) and not t.requires_grad
+                marks = "".join(f" partial over {axis}" for axis in placement(t).partial)
+                mine.append(f"{name}: {str(t.dtype)[6:]} {list(t.shape)}{' frozen' if frozen else ''}{marks}")
+            digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
+            if len(set(commlayer.all_gather_object(digest, group=group))) == 1:
+                continue
+            everyone = commlayer.all_gather_object(mine, group=group)
+            for rank, theirs in enumerate(everyone):
+                for i in range(max(len(theirs), len(everyone[0]))):
+                    pair = [entries[i] if i < len(entries) else "nothing" for entries in (everyone[0], theirs)]
+                    if pair[0] != pair[1]:
+                        raise ValueError(f"module: rank 0 has {pair[0]}, rank {rank} has {pair[1]}")
 
     @torch.no_grad()
-    def _broadcast(self, tensors: list[Tensor]) -> None:
-        """From rank 0, in place, packed: many small tensors cost one message."""
-        if self.group.size == 1:
-            return
-        for pack in packs_of([t for t in tensors if t.numel()], self._bytes):
-            flat = torch.cat([t.detach().reshape(-1) for t in pack])
-            commlayer.broadcast(flat, src=0, group=self.group, out=flat)
-            for t, part in zip(pack, flat.split([t.numel() for t in pack]), strict=True):
-                t.copy_(part.view(t.shape))
+    def _broadcast(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """From the first rank that has the same, in place, packed: many small tensors cost one message."""
+        for group, tensors in self._copies(named).items():
+            for pack in packs_of([t for t in tensors.values() if t.numel()], self._bytes):
+                flat = torch.cat([t.detach().reshape(-1) for t in pack])
+                commlayer.broadcast(flat, src=0, group=group, out=flat)
+                for t, part in zip(pack, flat.split([t.numel() for t in pack]), strict=True):
+                    t.copy_(part.view(t.shape))
 
 
 def _hook(parallel: weakref.ref[DataParallel], bucket: Bucket, slot: Slot) -> Callable[[Tensor], None]:
@@ -210,6 +256,16 @@ def _check_module(module: nn.Module) -> None:
             raise UnsupportedOperation(
                 f"{name or 'module'}: an embedding with sparse=True; DataParallel reduces dense gradients"
             )
+
+
+def _check_marks(module: nn.Module, mesh: Mesh | None) -> None:
+    for name, param in module.named_parameters():
+        marks = placement(param)
+        if marks.partial and mesh is None:
+            raise ValueError(f"mesh: needed, since {name} is replicated over {', '.join(marks.partial)}")
+        axes = [*marks.partial, *(shard.axis for shard in marks.shards if shard.group.size > 1)]
+        if mesh is not None and (lacking := [axis for axis in axes if axis not in mesh.axes]):
+            raise ValueError(f"mesh: {name} is cut or replicated over {lacking[0]}, but the axes are {mesh.axes}")
 
 
 def _insert_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -1,7 +1,7 @@
-"""The seven mappings: what happens to a value between a replicated and a sharded region of a model, and to its gradient.
+"""The seven mappings: what happens to a value, and to its gradient, between regions of a model.
 
 After Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053; with sequence parallelism Korthikanti et al. 2022,
-arXiv:2205.05198) and Ulysses (Jacobs et al. 2023, arXiv:2309.14509). A value on the ranks of a group is **R**
+arXiv:2205.05198) and Ulysses (Jacobs et al. 2023, arXiv:2309.14509). On the ranks of a group a value is **R**
 replicated, **S** sharded along a dim, **P** partial sums, or **I** replicated with a gradient that is complete on
 every rank already.
 

@@ -57,10 +57,13 @@ def all_to_all(
     parts = [part.reshape(-1) for part in x.split(list(scatter), scatter_dim)]
     shapes = [_replaced(x.shape, {scatter_dim: scatter[group.rank], gather_dim: extent}) for extent in gather]
     counts = [math.prod(shape) for shape in shapes]
-    splits: dict[str, list[int]] = {}
-    if _if_uneven(scatter) or _if_uneven(gather):
-        splits = {"input_splits": [part.numel() for part in parts], "output_splits": counts}
-    arrived = commlayer.all_to_all(torch.cat(parts), group=group, **splits)
+    even = len(set(scatter)) == len(set(gather)) == 1
+    arrived = commlayer.all_to_all(
+        torch.cat(parts),
+        input_splits=None if even else [part.numel() for part in parts],
+        output_splits=None if even else counts,
+        group=group,
+    )
     return torch.cat([part.view(s) for part, s in zip(arrived.split(counts), shapes, strict=True)], gather_dim)
 
 

@@ -11,7 +11,7 @@ numbers. Three kinds of parameter exist on an axis:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -81,8 +81,9 @@ def mark_replicated(what: Marked, axes: Sequence[str]) -> Marked:
     """
     if isinstance(axes, str):
         raise TypeError(f"axes: expected a sequence of names such as ('cp',), got {axes!r}")
-    for param in what.parameters() if isinstance(what, nn.Module) else (what,):
-        known = placement(param)
+    params: Iterable[nn.Parameter] = what.parameters() if isinstance(what, nn.Module) else [what]
+    for param in params:
+        known: Placement = placement(param)
         if cut := {shard.axis for shard in known.shards} & set(axes):
             raise ValueError(f"axes: the parameter is {_words(known)}, so it is not replicated over {', '.join(cut)}")
         _mark(param, replace(known, partial=tuple(dict.fromkeys((*known.partial, *axes)))))
