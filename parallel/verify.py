@@ -122,9 +122,9 @@ def _cause(
         assert mesh is not None
         if axis in cut or mesh.size(axis) == 1:
             continue
-        if fits(commlayer.all_reduce(grad, group=mesh[axis])):
-            return f": a partial sum over {axis}; mark_replicated(…, axes=({axis!r},)) would add it up"
         for factor, what in ((mesh.size(axis), "too small by"), (1 / mesh.size(axis), "too large by")):
             if fits(grad * factor):
                 return f": {what} the size of {axis}, {mesh.size(axis)}"
+        if axis != "dp" and fits(commlayer.all_reduce(grad, group=mesh[axis])):
+            return f": a partial sum over {axis}; mark_replicated(…, axes=({axis!r},)) would add it up"
     return ""
