@@ -10,7 +10,7 @@ from parallel.mappings import (
     reduce_scatter_to_region,
     scatter_to_region,
 )
-from parallel.placement import mark_replicated, mark_sharded, placement
+from parallel.placement import mark_replicated, mark_sharded
 from parallel.verify import verify_gradients
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "gather_from_region",
     "mark_replicated",
     "mark_sharded",
-    "placement",
     "reduce_from_region",
     "reduce_scatter_to_region",
     "scatter_to_region",

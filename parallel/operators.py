@@ -16,7 +16,6 @@ from torch import Tensor
 
 import commlayer
 from commlayer import Group
-from commlayer.reduce_op import as_reduce_op
 
 
 def operator(name: str, fake: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,7 +29,7 @@ def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
     """``x`` reduced over the group by ``op``, one of sum, avg, max, min."""
     if torch.compiler.is_compiling():
         return _all_reduce(x, op, group.handle)
-    return commlayer.all_reduce(x, as_reduce_op(op), group=group)
+    return commlayer.all_reduce(x, op, group=group)
 
 
 def all_gather(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
