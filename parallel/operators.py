@@ -22,6 +22,11 @@ def operator(name: str, fake: Callable[..., Any], real: Callable[..., Any]) -> C
     """``real`` as ``torch.ops.commlayer.<name>``; ``fake`` makes empty results of the right shapes from the same."""
     made = torch.library.custom_op(f"commlayer::{name}", real, mutates_args=())
     made.register_fake(fake)
+    if hasattr(made, "register_effect"):  # not in torch 2.8
+        from torch._library.effects import EffectType
+
+        # Compilers reorder what is independent, by sizes that may differ between ranks: collectives would meet others.
+        made.register_effect(EffectType.ORDERED)
     return made
 
 

@@ -1,0 +1,110 @@
+"""The ViT on every grid of the ranks: loss and parameter gradients are those of a plain ViT on one process.
+
+Nothing divides evenly: 15 tokens, 55 hidden channels, 5 samples. Four ranks make all grids of dp, cp and tp; other
+numbers make those that fit.
+"""
+
+from functools import cache
+from itertools import product
+
+import pytest
+import torch
+
+from commlayer import Mesh, balanced_sizes
+from models.vit import ViT, ViTConfig
+from parallel import DataParallel, verify_gradients
+from parallel.placement import gather_full
+from tests.contracts.plain_vit import PlainViT
+
+CONFIG = ViTConfig((13, 10), 3, 2, patch=(5, 2), embed=24, depth=2, heads=4, mlp_ratio=2.3)
+SAMPLES = 5
+SIZES = (1, 2, 4)
+
+
+def grids():
+    """(dp, cp, tp), how attention sees other cp ranks, sequence parallelism; every grid, and each variant on some."""
+    for ranks in (2, 4, 8):
+        for dp, cp, tp in product(SIZES, repeat=3):
+            if dp * cp * tp == ranks:
+                yield dp, cp, tp, "ring", False
+                for context in ("all_gather", "ulysses") if cp > 1 and dp == 1 else ():
+                    yield dp, cp, tp, context, False
+                if tp > 1:
+                    yield dp, cp, tp, "ring", True
+
+
+@cache
+def mesh_of(dp, cp, tp, order):
+    return Mesh(f"dp={dp} cp={cp} tp={tp}", order=order)
+
+
+def samples(dtype):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(SAMPLES, CONFIG.in_channels, *CONFIG.grid, generator=generator, dtype=torch.float64)
+    y = torch.randn(SAMPLES, CONFIG.out_channels, *CONFIG.grid, generator=generator, dtype=torch.float64)
+    return x.to(dtype), y.to(dtype)
+
+
+def share(mesh, *tensors):
+    return [t.split(balanced_sizes(SAMPLES, mesh.size("dp")))[mesh.rank("dp")] for t in tensors]
+
+
+def loss(model, x, y, terms):
+    """``terms`` of the mean over samples, so that the mean over dp ranks is the mean over samples."""
+    return (model(x) - y).square().mean((1, 2, 3)).sum() * (terms / SAMPLES)
+
+
+def models(mesh, context, sequence_parallel, dtype):
+    torch.manual_seed(mesh.rank("dp"))  # what rank 0 has counts
+    vit = ViT(CONFIG, mesh, context=context, sequence_parallel=sequence_parallel).to(dtype)
+    return DataParallel(vit, mesh=mesh, bucket_mb=0.01), PlainViT(CONFIG).to(dtype)
+
+
+@pytest.mark.parametrize("order", ["tp-cp-dp", "cp-tp-dp"])
+@pytest.mark.parametrize(("dp", "cp", "tp", "context", "sequence_parallel"), grids())
+def test_gradients_are_the_serial_ones(everyone, agreed, dp, cp, tp, context, sequence_parallel, order):
+    if dp * cp * tp != everyone.size:
+        pytest.skip(f"a grid for {dp * cp * tp} ranks")
+    mesh = mesh_of(dp, cp, tp, order)
+    x, y = samples(torch.float64)
+    mine = share(mesh, x, y)
+
+    def compare():
+        model, serial = models(mesh, context, sequence_parallel, torch.float64)
+        found = []
+
+        def parallel_loss(model):
+            found.append(loss(model, *mine, dp))
+            return found[0]
+
+        verify_gradients(model, serial, parallel_loss, lambda m: loss(m, x, y, 1), rtol=1e-10)
+        assert found[0].item() == pytest.approx(loss(serial, *mine, dp).item(), rel=1e-12)
+
+    agreed(compare)
+
+
+@pytest.mark.parametrize(("dp", "cp", "tp", "context", "sequence_parallel"), grids())
+def test_training_is_the_serial_one(everyone, agreed, dp, cp, tp, context, sequence_parallel):
+    if dp * cp * tp != everyone.size:
+        pytest.skip(f"a grid for {dp * cp * tp} ranks")
+    mesh = mesh_of(dp, cp, tp, "tp-cp-dp")
+    x, y = samples(torch.float32)
+    mine = share(mesh, x, y)
+
+    def train():
+        model, serial = models(mesh, context, sequence_parallel, torch.float32)
+        whole = {name: gather_full(p, p) for name, p in model.module.named_parameters()}
+        serial.load_state_dict(whole)
+        for m, batch, terms in ((model, mine, dp), (serial, (x, y), 1)):
+            # A large eps: Adam would blow up the rounding of gradients that are zero, as those of the keys' bias are.
+            optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-3)
+            for _ in range(5):
+                optimizer.zero_grad()
+                loss(m, *batch, terms).backward()
+                optimizer.step()
+        reference = dict(serial.named_parameters())
+        for name, p in model.module.named_parameters():
+            torch.testing.assert_close(gather_full(p, p), reference[name], rtol=1e-5, atol=1e-5)
+            assert not torch.allclose(reference[name], whole[name], rtol=0, atol=1e-5), name
+
+    agreed(train)
