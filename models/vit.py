@@ -6,7 +6,7 @@ every token back into its patch. The sizes include those of the NERSC tutorial "
 Legend of shape suffixes:
     B batch, X input channels, Y output channels, K = X/Y states in the input, H × W grid (latitude ×
     longitude), R × S patches (rows × columns), P × Q pixels of a patch, V values of a patch (all channels),
-    T = R·S tokens, E embedding, N heads, D = E/N channels of a head, F hidden channels of the MLP
+    T = R·S tokens, or this rank's part of them, E embedding
 """
 
 from __future__ import annotations
@@ -17,6 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from commlayer import Group, Mesh, balanced_sizes
+from parallel.attention import SequenceShards
+from parallel.mappings import gather_from_region, scatter_to_region
+from parallel.placement import initialise, mark_replicated
+from parallel.rng import Dropout, DropPath, Stream, Streams, checkpoint
+from parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from parallel.transformer import ParallelAttention, ParallelMLP
 
 
 @dataclass(frozen=True)
@@ -107,37 +115,76 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 class ViT(nn.Module):
-    """Maps x_BXHW to y_BYHW.
+    """Maps x_BXHW to y_BYHW, on one process or on any mesh of dp, cp and tp.
+
+    Every rank of a model-parallel group (cp × tp) passes the same x and gets the same, whole y. Inside, the tokens are
+    cut over ``cp``, heads and hidden channels over ``tp``, and with ``sequence_parallel`` the tokens between them over
+    ``tp`` too; neither the tokens nor the hidden channels have to divide evenly. Parameters have the same names and,
+    at the same seed, the same values as on one process. What is replicated while its tokens are cut is marked, so that
+    ``parallel.DataParallel(model, mesh=mesh)`` makes the gradients whole.
 
     Initialisation: weights of linear layers and learned positions from a normal of σ = 0.02 (cut off at ±2,
     as in the reference implementations), biases 0, norms 1. With a skip the head is 0, so that training
     starts from the skip's own forecast.
+
+    Args:
+        mesh: with axes ``cp`` and ``tp``, as far as it has them; None: one process.
+        streams: random numbers for dropout; None: those of torch's default generators, for one process.
+        sequence_parallel: cut the tokens over tp outside of attention and MLP.
+        context: how attention sees the tokens of other cp ranks: ``ring``, ``all_gather`` or ``ulysses``.
+        recompute: keep only the input of each block, and compute the rest again in backward.
     """
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(
+        self,
+        config: ViTConfig,
+        mesh: Mesh | None = None,
+        *,
+        streams: Streams | None = None,
+        sequence_parallel: bool = False,
+        context: str = "ring",
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.streams, self.recompute = config, streams, recompute
+        self.tp, self.cp = (
+            mesh[axis] if mesh is not None and axis in mesh.axes else Group.alone() for axis in ("tp", "cp")
+        )
         P, Q = config.patches
         R, S = config.tokens
+        self.shards = SequenceShards(R * S, self.cp.size)
+        # Between the parallel layers the tokens of this rank's part are cut once more, or not at all.
+        self.sequence_parallel = sequence_parallel and self.tp.size > 1
+        mine = self.shards.sizes[self.cp.rank]
+        self.sizes = balanced_sizes(mine, self.tp.size) if self.sequence_parallel else None
         self.embed = nn.Linear(config.in_channels * P * Q, config.embed)
         position_TE = torch.zeros(R * S, config.embed)
         if config.position == "learned":
             self.position = nn.Parameter(position_TE)
         else:
             self.register_buffer("position", sincos_positions(R, S, config.embed), persistent=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, _along(streams, "dp-cp-tp" if self.sequence_parallel else "dp-cp"))
         # Stochastic depth grows linearly with depth (Huang et al. 2016).
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
-        self.blocks = nn.ModuleList([Block(config, rate) for rate in rates])
+        options = {"group": self.tp, "sequence_parallel": self.sequence_parallel, "streams": streams}
+        self.blocks = nn.ModuleList([Block(config, rate, options, self.cp, context) for rate in rates])
         self.norm = nn.LayerNorm(config.embed, eps=1e-6)
         self.head = nn.Linear(config.embed, config.out_channels * P * Q)
         self.reset_parameters()
+        if self.cp.size > 1:
+            mark_replicated(self, ("cp",))
+        if self.sequence_parallel:
+            for module in self.modules():
+                if isinstance(module, (nn.Linear, nn.LayerNorm)):
+                    mark_replicated(module, ("tp",))
+            if config.position == "learned":
+                mark_replicated(self.position, ("tp",))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, (nn.Linear, ColumnParallelLinear, RowParallelLinear)):
+                initialise(module.weight, lambda weight: nn.init.trunc_normal_(weight, std=0.02))
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
@@ -151,10 +198,33 @@ class ViT(nn.Module):
         if x_BXHW.ndim != 4 or x_BXHW.shape[1:] != expected:
             raise ValueError(f"x: expected B × {' × '.join(map(str, expected))}, got {tuple(x_BXHW.shape)}")
         skipped_BYHW, x_BXHW = self.split_off(x_BXHW)
-        tokens_BTE = self.dropout(self.embed(self.to_patches(x_BXHW)) + self.position)
+        position_TE = self.position[self.own_tokens()]
+        tokens_BTE = self.dropout(self.embed(self.cut(self.to_patches(x_BXHW))) + position_TE)
         for block in self.blocks:
-            tokens_BTE = block(tokens_BTE)
-        return skipped_BYHW + self.from_patches(self.head(self.norm(tokens_BTE)))
+            if self.recompute and torch.is_grad_enabled():
+                tokens_BTE = checkpoint(block, tokens_BTE, self.shards, self.sizes, streams=self.streams)
+            else:
+                tokens_BTE = block(tokens_BTE, self.shards, self.sizes)
+        return skipped_BYHW + self.from_patches(self.join(self.head(self.norm(tokens_BTE))))
+
+    def own_tokens(self) -> slice:
+        """Which tokens this rank has between the parallel layers."""
+        ((start, stop),) = self.shards.intervals(self.cp.rank)
+        if self.sizes is not None:
+            start += sum(self.sizes[: self.tp.rank])
+            stop = start + self.sizes[self.tp.rank]
+        return slice(start, stop)
+
+    def cut(self, whole_BTV: Tensor) -> Tensor:
+        """This rank's tokens of a whole sequence."""
+        part_BTV = self.shards.shard(whole_BTV, 1, self.cp)
+        return part_BTV if self.sizes is None else scatter_to_region(part_BTV, 1, self.tp, self.sizes)
+
+    def join(self, part_BTV: Tensor) -> Tensor:
+        """The whole sequence again, on all ranks, which from here on do the same."""
+        if self.sizes is not None:
+            part_BTV = gather_from_region(part_BTV, 1, self.tp, self.sizes)
+        return self.shards.unshard(part_BTV, 1, self.cp)
 
     def split_off(self, x_BXHW: Tensor) -> tuple[Tensor | float, Tensor]:
         """What bypasses the network, and what goes in."""
@@ -185,69 +255,22 @@ class ViT(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: attention and MLP, each on a residual branch."""
 
-    def __init__(self, config: ViTConfig, drop_path: float) -> None:
+    def __init__(self, config: ViTConfig, drop_path: float, options: dict[str, Any], cp: Group, context: str) -> None:
         super().__init__()
+        options = options | {"dropout": config.dropout}
         self.norm1 = nn.LayerNorm(config.embed, eps=1e-6)
-        self.attention = Attention(config.embed, config.heads, config.dropout)
+        self.attention = ParallelAttention(config.embed, config.heads, context=cp, method=context, **options)
         self.norm2 = nn.LayerNorm(config.embed, eps=1e-6)
-        self.mlp = MLP(config.embed, int(config.embed * config.mlp_ratio), config.dropout)
-        self.drop_path = DropPath(drop_path)
+        self.mlp = ParallelMLP(config.embed, int(config.embed * config.mlp_ratio), **options)
+        self.drop_path = DropPath(drop_path, _along(options["streams"], "dp"))
 
-    def forward(self, x_BTE: Tensor) -> Tensor:
-        x_BTE = x_BTE + self.drop_path(self.attention(self.norm1(x_BTE)))
-        return x_BTE + self.drop_path(self.mlp(self.norm2(x_BTE)))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over all tokens.
-
-    The rows of ``qkv`` are ordered head by head (q, k, v of head 0, then of head 1, …), so that a slice of
-    whole heads is contiguous: what tensor parallelism will cut.
-    """
-
-    def __init__(self, embed: int, heads: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(embed, 3 * embed)
-        self.out = nn.Linear(embed, embed)
-        self.dropout = dropout
-
-    def forward(self, x_BTE: Tensor) -> Tensor:
-        B, T, E = x_BTE.shape
-        qkv_BTN3D = self.qkv(x_BTE).reshape(B, T, self.heads, 3, E // self.heads)
-        q_BNTD, k_BNTD, v_BNTD = qkv_BTN3D.permute(3, 0, 2, 1, 4).unbind(0)
-        dropout = self.dropout if self.training else 0.0  # the function, unlike a module, does not know
-        y_BNTD = F.scaled_dot_product_attention(q_BNTD, k_BNTD, v_BNTD, dropout_p=dropout)
-        y_BTE = y_BNTD.transpose(1, 2).reshape(B, T, E)
-        return F.dropout(self.out(y_BTE), self.dropout, self.training)
+    def forward(self, x_BTE: Tensor, shards: SequenceShards, sizes: list[int] | None) -> Tensor:
+        x_BTE = x_BTE + self.drop_path(self.attention(self.norm1(x_BTE), shards=shards, sizes=sizes))
+        return x_BTE + self.drop_path(self.mlp(self.norm2(x_BTE), sizes=sizes))
 
 
-class MLP(nn.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, embed: int, hidden: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.up = nn.Linear(embed, hidden)
-        self.down = nn.Linear(hidden, embed)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x_BTE: Tensor) -> Tensor:
-        hidden_BTF = self.dropout(F.gelu(self.up(x_BTE)))
-        return self.dropout(self.down(hidden_BTF))
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: training drops a sample's branch with probability ``rate`` and scales the rest."""
-
-    def __init__(self, rate: float = 0.0) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * keep / (1 - self.rate)
+def _along(streams: Streams | None, axes: str) -> Stream | None:
+    return None if streams is None else streams.along(axes)
 
 
 def sincos_positions(rows: int, columns: int, embed: int) -> Tensor:

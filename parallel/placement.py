@@ -101,7 +101,7 @@ def full_shape(param: Tensor) -> list[int]:
 def gather_full(part: Tensor, param: Tensor) -> Tensor:
     """The whole of ``part``, a tensor that is cut like ``param``: itself, its gradient, its optimiser state.
 
-    Collective over the groups that ``param`` is sharded over.
+    Collective over the groups that ``param`` is sharded over; ``part`` itself, detached, where there are none.
     """
     full = part.detach()
     for shard in reversed(placement(param).shards):
