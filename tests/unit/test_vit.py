@@ -1,11 +1,15 @@
-"""The ViT: any grid, any patch; what it starts from; and each building block against plain arithmetic."""
+"""The ViT: any grid, any patch; what it starts from; and the same on a mesh."""
 
-import math
+import threading
 
 import pytest
 import torch
 
-from models.vit import SIZES, Attention, DropPath, ViT, ViTConfig, sincos_positions
+from commlayer import Mesh, run_local
+from models.vit import SIZES, ViT, ViTConfig, sincos_positions
+from parallel.placement import gather_full, initialise
+from parallel.rng import Streams
+from tests.contracts.plain_vit import PlainViT
 
 
 def small(**changes):
@@ -67,16 +71,69 @@ def test_centred_forecasts_shift_with_the_climate():
         assert moved is centre
 
 
-def test_attention_is_softmax_of_scaled_products():
+@pytest.mark.parametrize("grid", [(13, 10), (12, 12)])
+def test_it_is_the_plain_vit(grid):
     torch.manual_seed(0)
-    layer = Attention(12, heads=3).double()
-    x = torch.randn(2, 5, 12, dtype=torch.float64)
-    parts = layer.qkv(x).view(2, 5, 3, 3, 4)  # head by head: q, k, v
-    heads = []
-    for head in range(3):
-        q, k, v = parts[:, :, head].unbind(2)
-        heads.append(torch.softmax(q @ k.transpose(1, 2) / math.sqrt(4), -1) @ v)
-    torch.testing.assert_close(layer(x), layer.out(torch.cat(heads, -1)))
+    config = ViTConfig(grid, 3, 2, patch=(4, 3), embed=24, depth=2, heads=4, mlp_ratio=2.3)
+    model, plain = ViT(config).double(), PlainViT(config).double()
+    x = torch.randn(2, 3, *grid, dtype=torch.float64)
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
+    model(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    for name, q in plain.named_parameters():
+        grad = model.get_parameter(name).grad
+        torch.testing.assert_close(grad, q.grad, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("spec", ["tp=2", "cp=3", "cp=2 tp=2", "dp=2 cp=1 tp=2"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_trap_8_a_mesh_starts_with_the_bits_of_one_process(spec, sequence_parallel):
+    config = ViTConfig((13, 10), 3, 2, patch=(4, 3), embed=24, depth=2, heads=4, mlp_ratio=2.3)
+    torch.manual_seed(3)
+    alone = {name: p.detach() for name, p in ViT(config).named_parameters()}
+    after = torch.rand(4)
+    lock = threading.Lock()
+
+    def rank():
+        mesh = Mesh(spec)
+        for axis in mesh.axes:
+            mesh[axis]  # made before the lock, since all ranks take part
+        with lock:  # threads share the generator
+            torch.manual_seed(3)
+            model = ViT(config, mesh, sequence_parallel=sequence_parallel)
+            numbers = torch.rand(4)
+        assert torch.equal(numbers, after)
+        for name, p in model.named_parameters():
+            assert torch.equal(gather_full(p, p), alone[name]), name
+
+    run_local(rank, ranks=Mesh(spec).world_size)
+
+
+@pytest.mark.parametrize("spec", ["cp=2 tp=2", "cp=1 tp=2", "cp=2 tp=1"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_recomputation_and_dropout_change_no_gradient(spec, sequence_parallel):
+    config = ViTConfig((13, 10), 3, 2, patch=(4, 3), embed=24, depth=2, heads=4, drop_path=0.5)
+    x = torch.randn(6, 3, 13, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def rank():
+        mesh, found = Mesh(spec), []
+        for recompute in (False, True):
+            streams = Streams(1, mesh)
+            model = ViT(config, mesh, streams=streams, sequence_parallel=sequence_parallel, recompute=recompute)
+            model = model.double()
+            for i, p in enumerate(model.parameters()):
+                initialise(p, lambda t, i=i: t.normal_(std=0.1, generator=torch.Generator().manual_seed(i)))
+            y = model(x)
+            y.square().sum().backward()
+            found.append([y.detach(), *(p.grad for p in model.parameters())])
+        for once, again in zip(*found, strict=True):
+            torch.testing.assert_close(once, again, rtol=1e-12, atol=1e-12)
+        return found[0][0]
+
+    first, *others = run_local(rank, ranks=Mesh(spec).world_size)
+    for other in others:  # whole samples are dropped alike on all ranks that hold parts of them
+        torch.testing.assert_close(other, first, rtol=1e-12, atol=1e-12)
 
 
 def test_dropout_and_drop_path_are_off_in_evaluation():
@@ -86,14 +143,6 @@ def test_dropout_and_drop_path_are_off_in_evaluation():
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
-
-
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    torch.manual_seed(0)
-    y = DropPath(0.25)(torch.ones(4000, 2, 3))
-    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
-    assert (y == y[:, :1, :1]).all()
-    assert y.mean().item() == pytest.approx(1, abs=0.03)
 
 
 def test_drop_path_grows_with_depth():
