@@ -103,6 +103,7 @@ def ring(group: Group, torch_mesh: DeviceMesh, *, causal: bool = False) -> Pair:
     qkv = [torch.randn(1, 8, shards.sizes[group.rank], 64, generator=generator) for _ in range(3)]
     grad = torch.randn(qkv[0].shape, generator=generator)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     torch_ring._cp_options.enable_load_balance = causal
     pg = torch_mesh.get_group()
 
@@ -112,15 +113,19 @@ def ring(group: Group, torch_mesh: DeviceMesh, *, causal: bool = False) -> Pair:
         out.backward(grad)
         return [out.detach(), q.grad, k.grad, v.grad]  # type: ignore[list-item]
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, **_: object) -> tuple[Tensor, ...]:
-        return flash(q, k, v, 0.0, is_causal)
+    def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> tuple[Tensor, ...]:
+        return flash(query, key, value, 0.0, is_causal)
 
     def backward(
-        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, is_causal: bool, **_: object
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        logsumexp: Tensor,
+        is_causal: bool,
     ) -> tuple[Tensor, ...]:
-        return flash_backward(grad_out, q, k, v, out, logsumexp, 0.0, is_causal)
-
-    flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return flash_backward(grad_out, query, key, value, out, logsumexp, 0.0, is_causal)
 
     def theirs() -> list[Tensor]:
         with torch.no_grad():

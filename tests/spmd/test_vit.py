@@ -4,6 +4,8 @@ Nothing divides evenly: 15 tokens, 55 hidden channels, 5 samples. Four ranks mak
 numbers make those that fit.
 """
 
+import dataclasses
+import os
 from functools import cache
 from itertools import product
 
@@ -15,6 +17,7 @@ from commlayer.launch import discover
 from models.vit import ViT, ViTConfig
 from parallel import DataParallel, verify_gradients
 from parallel.placement import gather_full
+from parallel.rng import Streams
 from tests.contracts.plain_vit import PlainViT
 
 CONFIG = ViTConfig((13, 10), 3, 2, patch=(5, 2), embed=24, depth=2, heads=4, mlp_ratio=2.3)
@@ -107,3 +110,27 @@ def test_training_is_the_serial_one(agreed, dp, cp, tp, context, sequence_parall
             assert not torch.allclose(reference[name], whole[name], rtol=0, atol=1e-5), name
 
     agreed(train)
+
+
+@pytest.mark.skipif("COMMLAYER_PROFILE" in os.environ, reason="the graphs are those without a profile")
+@pytest.mark.parametrize(("context", "sequence_parallel"), [("ring", True), ("ulysses", False)])
+def test_compiled_whole_it_is_the_same(everyone, agreed, context, sequence_parallel):
+    torch._dynamo.reset()
+    tp = 2 if everyone.size % 2 == 0 else 1
+    mesh = mesh_of(1, everyone.size // tp, tp, "tp-cp-dp")
+    x, y = samples(torch.float64)
+
+    def compare():
+        streams = Streams(0, mesh)
+        config = dataclasses.replace(CONFIG, depth=1, drop_path=0.3)
+        vit = ViT(config, mesh, streams=streams, context=context, sequence_parallel=sequence_parallel).double()
+        found = []
+        for model in (vit, torch.compile(vit, fullgraph=True, backend="aot_eager")):
+            streams.along("dp").draws = 0
+            vit.zero_grad()
+            loss(model, x, y, 1).backward()
+            found.append([p.grad for p in vit.parameters()])
+        for eager, compiled in zip(*found, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
+
+    agreed(compare)
