@@ -1,5 +1,9 @@
 """Parallel modules on commlayer's public functions, for use in your own models."""
 
+from parallel.amp import GradScaler, autocast
+from parallel.attention import SequenceShards, context_attention
+from parallel.clip import clip_grad_norm_, grad_norm
+from parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel.data import DataParallel
 from parallel.mappings import (
     all_gather_from_region,
@@ -11,18 +15,37 @@ from parallel.mappings import (
     scatter_to_region,
 )
 from parallel.placement import mark_replicated, mark_sharded
+from parallel.rng import Dropout, DropPath, Streams, checkpoint
+from parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from parallel.transformer import ParallelAttention, ParallelMLP
 from parallel.verify import verify_gradients
 
 __all__ = [
+    "ColumnParallelLinear",
     "DataParallel",
+    "DropPath",
+    "Dropout",
+    "GradScaler",
+    "ParallelAttention",
+    "ParallelMLP",
+    "RowParallelLinear",
+    "SequenceShards",
+    "Streams",
+    "VocabParallelEmbedding",
     "all_gather_from_region",
     "all_to_all_region",
+    "autocast",
+    "checkpoint",
+    "clip_grad_norm_",
+    "context_attention",
     "copy_to_region",
     "gather_from_region",
+    "grad_norm",
     "mark_replicated",
     "mark_sharded",
     "reduce_from_region",
     "reduce_scatter_to_region",
     "scatter_to_region",
     "verify_gradients",
+    "vocab_parallel_cross_entropy",
 ]
