@@ -39,12 +39,15 @@ test-spmd: $(BIN)/.ready
 test-faults: $(BIN)/.ready
 	$(BIN)/python -m tests.faults
 
-# Also more examples, every other profile, other numbers of ranks, and Open MPI.
+# Also more examples, every other profile, other numbers of ranks (the ViT on every grid of eight), and Open MPI.
 test-all: test test-openmpi
 	COMMLAYER_TEST_EXAMPLES=8000 $(BIN)/python -m pytest -q tests/unit/test_properties.py
 	for profile in xccl-2.8 xccl-2.11 xccl-2.13 nccl-2.27; do \
 	  COMMLAYER_BACKEND=gloo COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; \
 	  COMMLAYER_BACKEND=mpi COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; \
+	done
+	for backend in gloo mpi; do \
+	  COMMLAYER_BACKEND=$$backend $(BIN)/mpiexec -n 8 $(BIN)/python -m pytest -q --with-mpi tests/spmd/test_vit.py || exit 1; \
 	done
 	for ranks in 2 3; do \
 	  COMMLAYER_BACKEND=gloo $(MAKE) RANKS=$$ranks one-spmd || exit 1; \

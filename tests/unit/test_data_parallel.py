@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import commlayer
-from commlayer import CommError, UnsupportedOperation, run_local
+from commlayer import AVG, CommError, Group, UnsupportedOperation, run_local
+from parallel.buckets import Bucket, Reduction
 from parallel.data import DataParallel
 
 TINY, LARGE = 1e-6, 25.0  # MiB: a bucket per parameter, and one for all
@@ -95,7 +97,7 @@ def test_gradients_equal_the_serial_ones_on_uneven_batches(sizes, bucket_mb):
         assert_same(other, first, rtol=0, atol=0)
 
 
-def test_bucket_size_does_not_change_a_bit():
+def test_trap_13_the_bucket_size_does_not_change_a_bit():
     def rank(bucket_mb):
         x, y, mine = batch([3, 1, 2])
         model = DataParallel(Net().float(), bucket_mb=bucket_mb)
@@ -106,6 +108,29 @@ def test_bucket_size_does_not_change_a_bit():
     assert len({buckets for _, buckets in runs}) == 3, "the sizes must differ in their number of buckets"
     for grads, _ in runs[1:]:
         assert_same(grads, runs[0][0], rtol=0, atol=0)
+
+
+def test_trap_13_the_reduction_waits_for_the_streams_that_made_the_gradients(monkeypatch):
+    class Stream:
+        def __init__(self):
+            self.waited_for = []
+
+        def wait_stream(self, other):
+            self.waited_for.append(other)
+
+    main, side, other = Stream(), Stream(), Stream()
+    named = [(name, nn.Parameter(torch.zeros(2))) for name in "abc"]
+    bucket = Bucket(named, Reduction(Group.alone(), AVG))
+    bucket.flat = SimpleNamespace(device=torch.device("cuda", 0))  # as if it were there
+    for slot, stream in zip(bucket.slots, (side, main, other), strict=True):
+        slot.param.grad = torch.ones(2)
+        monkeypatch.setattr(torch.accelerator, "current_stream", lambda device, stream=stream: stream)
+        bucket.mark_ready(slot)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: main)
+    bucket.collect()
+    assert set(main.waited_for) == {side, other}
+    assert not side.waited_for
+    assert not other.waited_for
 
 
 @pytest.mark.parametrize("disable", ["all_reduce:avg", "all_reduce"])

@@ -82,7 +82,7 @@ def test_bad_input_is_refused_before_anything_is_sent(name, options, message):
     run_local(rank, ranks=2)
 
 
-def test_uneven_parts_are_balanced():
+def test_trap_12_uneven_parts_are_balanced():
     def rank():
         world = commlayer.world()
         return scatter_to_region(torch.zeros(10, 1), 0, world).shape[0], reduce_scatter_to_region(
