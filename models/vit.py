@@ -22,7 +22,8 @@ from commlayer import Group, Mesh, balanced_sizes
 from parallel.attention import SequenceShards
 from parallel.mappings import gather_from_region, scatter_to_region
 from parallel.placement import initialise, mark_replicated
-from parallel.rng import Dropout, DropPath, Stream, Streams, checkpoint
+from parallel.recompute import checkpoint
+from parallel.rng import Dropout, DropPath, Stream, Streams
 from parallel.tensor import ColumnParallelLinear, RowParallelLinear
 from parallel.transformer import ParallelAttention, ParallelMLP
 

@@ -15,7 +15,8 @@ from parallel.mappings import (
     scatter_to_region,
 )
 from parallel.placement import mark_replicated, mark_sharded
-from parallel.rng import Dropout, DropPath, Streams, checkpoint
+from parallel.recompute import checkpoint
+from parallel.rng import Dropout, DropPath, Streams
 from parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.transformer import ParallelAttention, ParallelMLP
 from parallel.verify import verify_gradients

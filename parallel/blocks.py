@@ -29,7 +29,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def additive(mask: Tensor | None, q_BNTD: Tensor, keys: int, causal: bool) -> Tensor:
-    """What to add to the scores of ``q`` with as many ``keys``: 0 or the mask's own number, -inf for what is hidden.
+    """What to add to the scores of ``q`` and of ``keys`` keys: 0 or the mask's own number, -inf for what is hidden.
 
     ``mask`` is bool (True: attend) or additive, and broadcasts. Under ``causal`` the last query sees every key, and
     each one before it one less.
@@ -55,7 +55,7 @@ def block_forward(
         nothing_BNT = q_BNTD.new_full(q_BNTD.shape[:3], -math.inf, dtype=wide(q_BNTD.dtype))
         return torch.zeros_like(q_BNTD), nothing_BNT
     k_BNSD, v_BNSD = _repeated(k_BMSD, q_BNTD), _repeated(v_BMSD, q_BNTD)
-    return _kernel(q_BNTD, bias).forward(q_BNTD, k_BNSD, v_BNSD, bias, causal, scale)
+    return _kernel(q_BNTD, bias).forward(*_aligned(q_BNTD, k_BNSD, v_BNSD), bias, causal, scale)
 
 
 def block_backward(
@@ -77,9 +77,12 @@ def block_backward(
     if not q_BNTD.numel() or not k_BMSD.numel():
         return torch.zeros_like(q_BNTD), torch.zeros_like(k_BMSD), torch.zeros_like(v_BMSD)
     k_BNSD, v_BNSD = _repeated(k_BMSD, q_BNTD), _repeated(v_BMSD, q_BNTD)
-    backward = _kernel(q_BNTD, bias).backward
-    dq_BNTD, dk_BNSD, dv_BNSD = backward(grad_BNTD, q_BNTD, k_BNSD, v_BNSD, out_BNTD, lse_BNT, bias, causal, scale)
-    return dq_BNTD, _summed(dk_BNSD, k_BMSD), _summed(dv_BNSD, v_BMSD)
+    known = _aligned(q_BNTD, k_BNSD, v_BNSD, out_BNTD)
+    dq, dk, dv = _kernel(q_BNTD, bias).backward(grad_BNTD, *known, lse_BNT, bias, causal, scale)
+    kv_heads = k_BMSD.shape[1]
+    if kv_heads < q_BNTD.shape[1]:
+        dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
+    return dq, dk, dv
 
 
 def merge_(out_BNTD: Tensor, lse_BNT: Tensor, more_BNTD: Tensor, more_lse_BNT: Tensor) -> None:
@@ -93,15 +96,14 @@ def merge_(out_BNTD: Tensor, lse_BNT: Tensor, more_BNTD: Tensor, more_lse_BNT: T
 
 
 def _repeated(x_BMSD: Tensor, q_BNTD: Tensor) -> Tensor:
-    """Key-value heads once for each head that uses them."""
-    heads = q_BNTD.shape[1] // x_BMSD.shape[1]
-    return x_BMSD if heads == 1 else x_BMSD.repeat_interleave(heads, 1)
+    """Each key-value head once for each of its heads."""
+    repeats = q_BNTD.shape[1] // x_BMSD.shape[1]
+    return x_BMSD if repeats == 1 else x_BMSD.repeat_interleave(repeats, 1)
 
 
-def _summed(grad_BNSD: Tensor, x_BMSD: Tensor) -> Tensor:
-    """The adjoint of ``_repeated``."""
-    heads, kv_heads = grad_BNSD.shape[1], x_BMSD.shape[1]
-    return grad_BNSD if heads == kv_heads else grad_BNSD.unflatten(1, (kv_heads, -1)).sum(2)
+def _aligned(*tensors: Tensor) -> Iterator[Tensor]:
+    """With the channels side by side: the kernels know all other strides, but take this one for granted."""
+    return (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 # Kernels --------------------------------------------------------------------------------------------------

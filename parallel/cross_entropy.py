@@ -1,8 +1,8 @@
 """Cross entropy of logits whose vocabulary is cut over a group, as the head of a language model makes them.
 
 After Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053, section 3): the ranks exchange a few numbers per token, never
-logits. Here one all_gather brings each rank's log-sum-exp and the target's logit; the gradient, softmax - target, then
-needs nothing of the others.
+logits. Here one all_gather brings each rank's maximum, its sum of exponentials, and the target's logit; the gradient,
+softmax - target, then needs nothing of the others.
 """
 
 from __future__ import annotations
@@ -102,34 +102,37 @@ class _Losses(Function):
         group: Group,
     ) -> Tensor:
         x = _wide(logits.narrow(-1, 0, true))
+        lowest = torch.finfo(x.dtype).min  # for a rank without true entries, or with -inf alone
+        top = x.amax(-1).clamp(min=lowest) if true else x.new_full(local.shape, lowest)
         picked = _wide(logits.gather(-1, _place(local, logits)).squeeze(-1))
-        rows = [x.logsumexp(-1), picked.masked_fill(~_mine(local, true), -math.inf)]
+        rows = [top, (x - top.unsqueeze(-1)).exp_().sum(-1), picked.masked_fill(~_mine(local, true), -math.inf)]
         if smoothing:
             rows.append(x.sum(-1))
         start, extent = (x.new_full((1,), value) for value in (first, logits.shape[-1]))
         row = torch.cat([*(row.flatten() for row in rows), start, extent]).unsqueeze(0)
         everyone = operators.all_gather(row, 0, [1] * group.size, group)
         each, starts, extents = everyone[:, :-2], everyone[:, -2], everyone[:, -1]
-        lses, targets, *sums = each.unflatten(1, (len(rows), *local.shape)).unbind(1)
-        lse = lses.logsumexp(0)
-        losses = lse - (1 - smoothing) * targets.amax(0)
+        tops, exps, targets, *sums = each.unflatten(1, (len(rows), *local.shape)).unbind(1)
+        top = tops.amax(0)
+        log_sum = (exps * (tops - top).exp()).sum(0).log()  # apart from top, beside which it would be rounded
+        losses = (1 - smoothing) * (top - targets.amax(0) + log_sum)
         if smoothing:
-            losses -= smoothing / total * sums[0].sum(0)
+            losses += smoothing * (top - sums[0].sum(0) / total + log_sum)
         adjoining = (starts == extents.cumsum(0) - extents).all()
         if strict and not adjoining:
             raise ValueError(
                 f"logits: the ranks have {extents.int().tolist()} entries, from {starts.int().tolist()} on; "
                 "give vocab_size where they are not equal"
             )
-        ctx.save_for_backward(logits, local, lse)
+        ctx.save_for_backward(logits, local, top, log_sum)
         ctx.true, ctx.total, ctx.smoothing = true, total, smoothing
         return losses.masked_fill_(~adjoining, math.nan)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        logits, local, lse = ctx.saved_tensors
-        found = (_wide(logits) - lse.unsqueeze(-1)).exp_()
+        logits, local, top, log_sum = ctx.saved_tensors
+        found = (_wide(logits) - top.unsqueeze(-1)).sub_(log_sum.unsqueeze(-1)).exp_()
         if ctx.smoothing:
             found -= ctx.smoothing / ctx.total
         targets = _mine(local, ctx.true).to(found.dtype).unsqueeze(-1)

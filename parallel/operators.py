@@ -17,6 +17,8 @@ from torch import Tensor
 import commlayer
 from commlayer import Group
 
+MADE: list[Any] = []  # all operators of the parallel modules, as they stand in graphs
+
 
 def operator(name: str, fake: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
     """``real`` as ``torch.ops.commlayer.<name>``; ``fake`` makes empty results of the right shapes from the same."""
@@ -27,6 +29,7 @@ def operator(name: str, fake: Callable[..., Any], real: Callable[..., Any]) -> C
 
         # Compilers reorder what is independent, by sizes that may differ between ranks: collectives would meet others.
         made.register_effect(EffectType.ORDERED)
+    MADE.append(made._opoverload)
     return made
 
 

@@ -15,17 +15,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from commlayer import Mesh
 
@@ -181,25 +178,8 @@ class DropPath(nn.Module):
         return f"rate={self.rate}, stream={self.stream}"
 
 
-def checkpoint(function: Callable[..., Any], *args: Any, streams: Streams | None = None, **kwargs: Any) -> Any:
-    """``function(*args, **kwargs)``, whose activations are computed again in backward instead of being kept.
-
-    Activation checkpointing (Chen et al. 2016, arXiv:1604.06174) by torch's, without re-entrance. The recomputation
-    draws the same numbers, from torch's default generators and from ``streams``, which stand where they stood after
-    it. Inside ``torch.compile``, and around compiled modules. There the masks of streams are kept: a byte an element.
-    """
-    if streams is None:
-        return torch_checkpoint(function, *args, use_reentrant=False, **kwargs)
-    if torch.compiler.is_compiling():
-        # A graph cannot draw again what its forward has drawn: the counter has moved on.
-        contexts = partial(create_selective_checkpoint_contexts, [torch.ops.commlayer.keep_mask.default])
-    else:
-        contexts = partial(_contexts, streams)
-    return torch_checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-
-
-class _Replay:
-    """Draw again from where the streams stood when this was made; entered once for each backward."""
+class Replay:
+    """A context in which the streams draw again what they drew from the moment on that this was made."""
 
     def __init__(self, streams: Streams) -> None:
         self.streams, self.start = streams, streams._positions()
@@ -213,10 +193,6 @@ class _Replay:
         self.streams._go_to(self.now)
 
 
-def _contexts(streams: Streams) -> tuple[Any, Any]:
-    return nullcontext(), _Replay(streams)
-
-
 # Drawing --------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +201,7 @@ def _take(state: Tensor) -> int:
     if torch._C._current_graph_task_id() != -1 and not _REPLAYING.get():
         raise RuntimeError(
             "a Stream is drawn from within backward: a checkpoint recomputes its forward with other numbers than it "
-            "had; use parallel.rng.checkpoint(..., streams=streams)"
+            "had; use parallel.checkpoint(..., streams=streams)"
         )
     seed, draws = state.tolist()
     state[1] += 1
@@ -278,7 +254,7 @@ def _default_states() -> dict[str, Tensor]:
 
 def _set_default_states(states: Mapping[str, Tensor]) -> None:
     for device, state in states.items():
-        _module(device).set_rng_state(state)
+        _module(device).set_rng_state(state.cpu())  # where generators take it, whatever a checkpoint was mapped to
 
 
 def _module(device: str) -> Any:

@@ -16,7 +16,8 @@ from parallel.amp import GradScaler
 from parallel.clip import clip_grad_norm_
 from parallel.mappings import copy_to_region, reduce_from_region
 from parallel.placement import gather_full, mark_sharded, part_of
-from parallel.rng import Dropout, Streams, checkpoint
+from parallel.recompute import checkpoint
+from parallel.rng import Dropout, Streams
 
 
 @pytest.fixture(scope="module")

@@ -113,8 +113,10 @@ def test_training_is_the_serial_one(agreed, dp, cp, tp, context, sequence_parall
 
 
 @pytest.mark.skipif("COMMLAYER_PROFILE" in os.environ, reason="the graphs are those without a profile")
-@pytest.mark.parametrize(("context", "sequence_parallel"), [("ring", True), ("ulysses", False)])
-def test_compiled_whole_it_is_the_same(everyone, agreed, context, sequence_parallel):
+@pytest.mark.parametrize(
+    ("context", "sequence_parallel", "recompute"), [("ring", True, False), ("ulysses", False, True)]
+)
+def test_compiled_whole_it_is_the_same(everyone, agreed, context, sequence_parallel, recompute):
     torch._dynamo.reset()
     tp = 2 if everyone.size % 2 == 0 else 1
     mesh = mesh_of(1, everyone.size // tp, tp, "tp-cp-dp")
@@ -123,7 +125,14 @@ def test_compiled_whole_it_is_the_same(everyone, agreed, context, sequence_paral
     def compare():
         streams = Streams(0, mesh)
         config = dataclasses.replace(CONFIG, depth=1, drop_path=0.3)
-        vit = ViT(config, mesh, streams=streams, context=context, sequence_parallel=sequence_parallel).double()
+        vit = ViT(
+            config,
+            mesh,
+            streams=streams,
+            context=context,
+            sequence_parallel=sequence_parallel,
+            recompute=recompute,
+        ).double()
         found = []
         for model in (vit, torch.compile(vit, fullgraph=True, backend="aot_eager")):
             streams.along("dp").draws = 0
