@@ -146,7 +146,7 @@ class Group:
     """An ordered set of ranks on one backend.
 
     ``rank`` and ``size`` are group-local, ``ranks`` are the members' ranks in the world. On a process that is not
-    a member, ``rank`` is -1 and every operation is a ValueError. ``handle`` is a number for :meth:`of`, of this process.
+    a member, ``rank`` is -1 and every operation is a ValueError. ``handle`` is what :meth:`of` takes.
     """
 
     def __init__(
@@ -198,6 +198,9 @@ class Group:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self  # a copied module talks to the same ranks
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Group belongs to its process and cannot be pickled; of a module, save the state_dict()")
 
     def __repr__(self) -> str:
         place = f"rank {self.rank} of {self.size}" if self.is_member else f"not a member, {self.size} ranks"

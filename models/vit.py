@@ -151,6 +151,8 @@ class ViT(nn.Module):
         self.tp, self.cp = (
             mesh[axis] if mesh is not None and axis in mesh.axes else Group.alone() for axis in ("tp", "cp")
         )
+        if streams is None and self.tp.size * self.cp.size > 1 and (config.dropout or config.drop_path):
+            raise ValueError("streams: needed for dropout and drop_path on a mesh, see parallel.Streams")
         P, Q = config.patches
         R, S = config.tokens
         self.shards = SequenceShards(R * S, self.cp.size)
@@ -178,8 +180,7 @@ class ViT(nn.Module):
             for module in self.modules():
                 if isinstance(module, (nn.Linear, nn.LayerNorm)):
                     mark_replicated(module, ("tp",))
-            if config.position == "learned":
-                mark_replicated(self.position, ("tp",))
+            mark_replicated(self, ("tp",), recurse=False)  # the positions
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -210,11 +211,10 @@ class ViT(nn.Module):
 
     def own_tokens(self) -> slice:
         """Which tokens this rank has between the parallel layers."""
-        ((start, stop),) = self.shards.intervals(self.cp.rank)
+        start, count = sum(self.shards.sizes[: self.cp.rank]), self.shards.sizes[self.cp.rank]
         if self.sizes is not None:
-            start += sum(self.sizes[: self.tp.rank])
-            stop = start + self.sizes[self.tp.rank]
-        return slice(start, stop)
+            start, count = start + sum(self.sizes[: self.tp.rank]), self.sizes[self.tp.rank]
+        return slice(start, start + count)
 
     def cut(self, whole_BTV: Tensor) -> Tensor:
         """This rank's tokens of a whole sequence."""

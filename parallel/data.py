@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import commlayer
 from commlayer import AVG, SUM, CommError, Group, Mesh, UnsupportedOperation, premul_sum
 from parallel.buckets import Bucket, Reduction, Slot, make_buckets, packs_of
-from parallel.placement import placement
+from parallel.placement import placement, recall_marks
 
 
 class DataParallel(nn.Module):
@@ -59,7 +59,8 @@ class DataParallel(nn.Module):
         group: the data-parallel ranks; by default the world.
         mesh: instead of a group, for models that are also parallel along other axes.
         bucket_mb: size of a bucket in MiB; the result does not depend on it, the overlap does.
-        sync_buffers: before each training forward, broadcast rank 0's buffers (statistics of batch norm).
+        sync_buffers: before each training forward, broadcast rank 0's buffers (statistics of batch norm), over the data
+            axis alone.
 
     Raises:
         ValueError: on all ranks, when parameters or ``bucket_mb`` differ between ranks; when a parameter is marked for
@@ -90,6 +91,7 @@ class DataParallel(nn.Module):
             self.group = commlayer.world() if group is None else group
         self.sync_buffers = sync_buffers
         self._bytes = int(bucket_mb * 2**20)
+        recall_marks(module)
         _check_marks(module, mesh)
         state = [*module.named_parameters(), *module.named_buffers()]
         self._check_alike(state)
@@ -200,11 +202,14 @@ class DataParallel(nn.Module):
         return Reduction(group, SUM if self.group.size == 1 else premul_sum(1 / self.group.size))
 
     def _copies(self, named: Iterable[tuple[str, Tensor]]) -> dict[Group, dict[str, Tensor]]:
-        """Parameters and buffers by the group whose ranks all have the same of them."""
+        """Parameters and buffers by the group whose ranks all have the same of them.
+
+        Those of a buffer are the data-parallel ones alone: nothing says whether it differs along another axis.
+        """
         found: dict[Group, dict[str, Tensor]] = {}
         for name, t in named:
             group = self.group
-            if self.mesh is not None:
+            if self.mesh is not None and isinstance(t, nn.Parameter):
                 cut = {"pp", *(shard.axis for shard in placement(t).shards if shard.group.size > 1)}
                 axes = [axis for axis in self.mesh.axes if axis not in cut]
                 group = self.mesh["-".join(axes)] if axes else Group.alone()

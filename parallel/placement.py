@@ -11,7 +11,8 @@ numbers. Three kinds of parameter exist on an axis:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -70,24 +71,41 @@ def mark_sharded(param: nn.Parameter, dim: int, *, axis: str, group: Group, size
     return param
 
 
-def mark_replicated(what: Marked, axes: Sequence[str]) -> Marked:
+def mark_replicated(what: Marked, axes: Sequence[str], *, recurse: bool = True) -> Marked:
     """Say that a parameter, or every one of a module, is whole on each rank along ``axes`` but sees only a part there.
 
     Its gradient then is a partial sum on each rank; ``DataParallel(model, mesh=mesh)`` adds it up over these axes,
-    once, in the same reduction as over the data axis. Marks add up. Raises ValueError for a parameter that is sharded
-    over one of them.
+    once, in the same reduction as over the data axis. Marks add up. Of a module they last when its parameters are
+    replaced, as where it leaves the meta device. ``recurse=False``: not those of its submodules. Raises ValueError for
+    a parameter that is sharded over one of the axes.
 
     >>> mark_replicated(model.norm, axes=("cp",))
     """
     if isinstance(axes, str):
         raise TypeError(f"axes: expected a sequence of names such as ('cp',), got {axes!r}")
-    params: Iterable[nn.Parameter] = what.parameters() if isinstance(what, nn.Module) else [what]
-    for param in params:
-        known: Placement = placement(param)
-        if cut := {shard.axis for shard in known.shards} & set(axes):
-            raise ValueError(f"axes: the parameter is {_words(known)}, so it is not replicated over {', '.join(cut)}")
-        _mark(param, replace(known, partial=tuple(dict.fromkeys((*known.partial, *axes)))))
+    if isinstance(what, nn.Module):
+        for module in what.modules() if recurse else (what,):
+            for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+                _add_partial(param, axes)
+                module.__dict__.setdefault("_partial", {})[name] = placement(param).partial
+    else:
+        _add_partial(what, axes)
     return what
+
+
+def recall_marks(module: nn.Module) -> None:
+    """Mark the parameters that have replaced marked ones in the module."""
+    for owner in module.modules():
+        for name, axes in owner.__dict__.get("_partial", {}).items():
+            if (param := owner._parameters.get(name)) is not None:
+                _add_partial(param, axes)
+
+
+def _add_partial(param: Tensor, axes: Sequence[str]) -> None:
+    known = placement(param)
+    if cut := {shard.axis for shard in known.shards} & set(axes):
+        raise ValueError(f"axes: the parameter is {_words(known)}, so it is not replicated over {', '.join(cut)}")
+    _mark(param, replace(known, partial=tuple(dict.fromkeys((*known.partial, *axes)))))
 
 
 def full_shape(param: Tensor) -> list[int]:
@@ -132,9 +150,13 @@ def initialise(param: Tensor, fill: Callable[[Tensor], object]) -> None:
 
 
 def _mark(param: Tensor, marks: Placement) -> None:
+    reference = weakref.ref(param)
+
     def deepcopy(memo: dict[int, object]) -> Tensor:
         # nn.Parameter's own forgets attributes, and gradients would silently go unreduced.
-        copied = type(param).__deepcopy__(param, memo)
+        original = reference()
+        assert original is not None
+        copied = type(original).__deepcopy__(original, memo)
         _mark(copied, marks)
         return copied
 

@@ -1,6 +1,9 @@
 """Marks on parameters: what they say, that they last, and that gradients are reduced accordingly."""
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -170,6 +173,47 @@ def test_marks_survive_copies_and_conversions():
     copied = copy.deepcopy(tied)
     assert copied[0].weight is copied[1].weight
     assert placement(copied[0].weight).partial == ("cp", "tp")
+
+
+def test_marks_of_modules_survive_the_meta_device_and_assignment():
+    def rank():
+        mesh = Mesh("dp=1 cp=2 tp=1")
+        with torch.device("meta"):
+            model = Parallel(mesh)
+        model.to_empty(device="cpu")
+        model.load_state_dict(Serial().state_dict(), assign=True)
+        assert max(compare(mesh, DataParallel(model, mesh=mesh)).values()) < 1e-13
+        only = mark_replicated(nn.Sequential(nn.Linear(1, 1)), ("cp",), recurse=False)
+        assert placement(only[0].weight).partial == ()
+
+    run_local(rank, ranks=2)
+
+
+def test_a_marked_parameter_goes_with_its_module():
+    linear = mark_replicated(nn.Linear(3, 4), ("cp",))
+    weight = weakref.ref(linear.weight)
+    gc.disable()
+    try:
+        del linear
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_a_group_is_not_pickled():
+    with pytest.raises(TypeError, match="belongs to its process"):
+        pickle.dumps(Group.alone())
+
+
+def test_buffers_are_those_of_the_data_axis():
+    def rank():
+        mesh = Mesh("dp=2 tp=2")
+        model = nn.BatchNorm1d(1)
+        model.running_mean.fill_(commlayer.world().rank)
+        DataParallel(model, mesh=mesh)
+        return model.running_mean.item()
+
+    assert run_local(rank, ranks=4) == [0, 1, 0, 1]
 
 
 def test_contradictions_are_refused():

@@ -1,5 +1,6 @@
 """The ViT: any grid, any patch; what it starts from; and the same on a mesh."""
 
+import copy
 import threading
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from commlayer import Mesh, run_local
 from models.vit import SIZES, ViT, ViTConfig, sincos_positions
+from parallel import DataParallel, verify_gradients
 from parallel.placement import gather_full, initialise
 from parallel.rng import Streams
 from tests.contracts.plain_vit import PlainViT
@@ -108,6 +110,31 @@ def test_trap_8_a_mesh_starts_with_the_bits_of_one_process(spec, sequence_parall
             assert torch.equal(gather_full(p, p), alone[name]), name
 
     run_local(rank, ranks=Mesh(spec).world_size)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("context", ["ring", "all_gather", "ulysses"])
+def test_fewer_tokens_than_ranks(context, sequence_parallel):
+    config = ViTConfig((4, 6), 1, 1, patch=(4, 3), embed=16, depth=1, heads=8)
+    plain = PlainViT(config).double()
+    x = torch.randn(3, 1, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def rank():
+        mesh = Mesh("dp=1 cp=3 tp=2")
+        vit = ViT(config, mesh, context=context, sequence_parallel=sequence_parallel).double()
+        model, serial = DataParallel(vit, mesh=mesh), copy.deepcopy(plain)
+        verify_gradients(model, serial, lambda m: m(x).square().sum(), lambda m: m(x).square().sum())
+
+    run_local(rank, ranks=6)
+
+
+def test_random_numbers_on_a_mesh_need_streams():
+    def rank():
+        for changes in ({"dropout": 0.1}, {"drop_path": 0.1}):
+            with pytest.raises(ValueError, match="streams: needed for dropout and drop_path on a mesh"):
+                ViT(small(**changes), Mesh("cp=2"))
+
+    run_local(rank, ranks=2)
 
 
 @pytest.mark.parametrize("spec", ["cp=2 tp=2", "cp=1 tp=2", "cp=2 tp=1"])
