@@ -141,13 +141,9 @@ def _ulysses(
     shards: SequenceShards,
     group: Group,
 ) -> Tensor:
-    share = q.shape[1] // k.shape[1]
-    # Every rank needs a key-value head of its own: repeat them as often as that takes.
-    repeats = next(r for r in range(1, share + 1) if share % r == 0 and k.shape[1] * r >= group.size)
+    repeats, heads, kv_heads = _heads(q.shape[1], k.shape[1], group.size)
     if repeats > 1:
         k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
-    kv_heads = balanced_sizes(k.shape[1], group.size)
-    heads = [n * share // repeats for n in kv_heads]
     # One message: the query, key and value heads of rank 0, those of rank 1, …
     parts = zip(q.split(heads, 1), k.split(kv_heads, 1), v.split(kv_heads, 1), strict=True)
     together = torch.cat([x for part in parts for x in part], 1)
@@ -159,6 +155,20 @@ def _ulysses(
         mask = _of_my_heads(mask, heads, shards, group)
     out = _attention(q, k, v, mask, causal, scale, dropout)
     return all_to_all_region(shards.by_rank(out, 2), 2, 1, group, shards.sizes, heads)
+
+
+def _heads(N: int, M: int, ranks: int) -> tuple[int, list[int], list[int]]:
+    """How often to repeat the key-value heads, and how many query and key-value heads each rank then gets.
+
+    As seldom as it leaves no rank without a key-value head, and none with more query heads than it must have.
+    """
+    most = balanced_sizes(N, ranks)[0]
+    for repeats in (r for r in range(1, N // M + 1) if N // M % r == 0):
+        kv_heads = balanced_sizes(M * repeats, ranks)
+        heads = [n * N // (M * repeats) for n in kv_heads]
+        if kv_heads[-1] and heads[0] == most:
+            break
+    return repeats, heads, kv_heads
 
 
 def _of_my_heads(mask: Tensor, heads: list[int], shards: SequenceShards, group: Group) -> Tensor:

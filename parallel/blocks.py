@@ -49,7 +49,7 @@ def block_forward(
 ) -> tuple[Tensor, Tensor]:
     """The output (B N T D) and the lse (B N T, ``wide``; -inf for queries that see nothing) of one block.
 
-    ``causal`` goes with as many keys as queries, and without a ``bias``.
+    ``causal`` goes with as many keys as queries, and a ``bias`` beside it hides as much.
     """
     if not q_BNTD.numel() or not k_BMSD.numel():
         nothing_BNT = q_BNTD.new_full(q_BNTD.shape[:3], -math.inf, dtype=wide(q_BNTD.dtype))

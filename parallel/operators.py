@@ -44,14 +44,14 @@ def all_gather(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tenso
     """Every rank's part, of extents ``sizes``, concatenated along ``dim``."""
     if torch.compiler.is_compiling():
         return _all_gather(x, dim, sizes, group.handle)
-    return commlayer.all_gather(x, dim=dim, sizes=_if_uneven(sizes), group=group)
+    return commlayer.all_gather(x, dim=dim, sizes=sizes, group=group)
 
 
 def reduce_scatter(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
     """This rank's part, of extents ``sizes`` along ``dim``, of the sum over the group."""
     if torch.compiler.is_compiling():
         return _reduce_scatter(x, dim, sizes, group.handle)
-    return commlayer.reduce_scatter(x, dim=dim, sizes=_if_uneven(sizes), group=group)
+    return commlayer.reduce_scatter(x, dim=dim, sizes=sizes, group=group)
 
 
 def all_to_all(
@@ -72,11 +72,6 @@ def all_to_all(
         group=group,
     )
     return torch.cat([part.view(s) for part, s in zip(arrived.split(counts), shapes, strict=True)], gather_dim)
-
-
-def _if_uneven(sizes: Sequence[int]) -> list[int] | None:
-    """None for equal parts, which every backend can do more cheaply."""
-    return None if len(set(sizes)) == 1 else list(sizes)
 
 
 def _replaced(shape: Sequence[int], extents: dict[int, int]) -> list[int]:

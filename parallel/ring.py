@@ -118,8 +118,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ring: Ring) -
         for block in ring.blocks(source):
             q_block, keys = q[:, :, block.queries], slice(0, block.keys)
             bias = ring.bias(mask, q_block, source, block)
-            causal = block.causal and bias is None
-            part = block_forward(q_block, k_BMSD[:, :, keys], v_BMSD[:, :, keys], bias, causal, ring.scale)
+            kv = k_BMSD[:, :, keys], v_BMSD[:, :, keys]
+            part = block_forward(q_block, *kv, bias, block.causal, ring.scale)
             if source == ring.group.rank:  # the first, with all queries in one block
                 out_BNTD, lse_BNT = part[0].to(out_BNTD.dtype), part[1]
             else:
@@ -140,9 +140,8 @@ def _backward(
         for block in ring.blocks(source):
             here, keys = (slice(None), slice(None), block.queries), slice(0, block.keys)
             bias = ring.bias(mask, q[here], source, block)
-            causal = block.causal and bias is None
             kv = k_BMSD[:, :, keys], v_BMSD[:, :, keys]
-            share = block_backward(grad[here], q[here], *kv, out[here], lse[here], bias, causal, ring.scale)
+            share = block_backward(grad[here], q[here], *kv, out[here], lse[here], bias, block.causal, ring.scale)
             shares.append((block, share))
         arriving.wait()  # what the ranks before this one found for the same keys, while this one was computing
         dk_BMSD, dv_BMSD = gradients.at(step)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from commlayer import Mesh
+from commlayer import Mesh, UnsupportedOperation
 
 _REPLAYING: ContextVar[bool] = ContextVar("replaying", default=False)  # within the recomputation of a checkpoint
 
@@ -54,6 +54,11 @@ class Stream:
         inside compiled functions (around them it works), nor on several ranks of ``run_local`` at a time: threads
         share the default generators.
         """
+        if torch.compiler.is_compiling():
+            raise UnsupportedOperation(
+                "Stream.fork inside a compiled function: a graph cannot swap the states of generators; use "
+                "parallel.Dropout, or dropout=0 for attention weights"
+            )
         seed, before = _take(self.state), _default_states()
         _set_default_states({device: torch.Generator(device).manual_seed(seed).get_state() for device in before})
         try:
