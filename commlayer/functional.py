@@ -395,7 +395,7 @@ def balanced_sizes(total: int, parts: int) -> list[int]:
     """Extents that differ by at most one, the larger first: [3, 3, 2, 2] for 10 over 4."""
     if total < 0 or parts < 1:
         raise ValueError(f"expected total >= 0 and parts >= 1, got {total} and {parts}")
-    share, rest = divmod(total, parts)
+    share, rest = total // parts, total % parts  # not divmod, which torch.compile has not for symbolic sizes
     return [share + (rank < rest) for rank in range(parts)]
 
 

@@ -194,7 +194,7 @@ class Group:
     @staticmethod
     def of(handle: int) -> Group:
         """The group with this ``handle``: where only numbers can be passed, as into operators of compiled graphs."""
-        return _GROUPS[handle]
+        return _GROUPS[int(handle)]  # in graphs it may be symbolic
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self  # a copied module talks to the same ranks

@@ -55,7 +55,8 @@ def block_forward(
         nothing_BNT = q_BNTD.new_full(q_BNTD.shape[:3], -math.inf, dtype=wide(q_BNTD.dtype))
         return torch.zeros_like(q_BNTD), nothing_BNT
     k_BNSD, v_BNSD = _repeated(k_BMSD, q_BNTD), _repeated(v_BMSD, q_BNTD)
-    return _kernel(q_BNTD, bias).forward(*_aligned(q_BNTD, k_BNSD, v_BNSD), bias, causal, scale)
+    with torch.autocast(q_BNTD.device.type, enabled=False):  # sums are wide whatever it wants
+        return _kernel(q_BNTD, bias).forward(*_aligned(q_BNTD, k_BNSD, v_BNSD), bias, causal, scale)
 
 
 def block_backward(
@@ -78,7 +79,8 @@ def block_backward(
         return torch.zeros_like(q_BNTD), torch.zeros_like(k_BMSD), torch.zeros_like(v_BMSD)
     k_BNSD, v_BNSD = _repeated(k_BMSD, q_BNTD), _repeated(v_BMSD, q_BNTD)
     known = _aligned(q_BNTD, k_BNSD, v_BNSD, out_BNTD)
-    dq, dk, dv = _kernel(q_BNTD, bias).backward(grad_BNTD, *known, lse_BNT, bias, causal, scale)
+    with torch.autocast(q_BNTD.device.type, enabled=False):
+        dq, dk, dv = _kernel(q_BNTD, bias).backward(grad_BNTD, *known, lse_BNT, bias, causal, scale)
     kv_heads = k_BMSD.shape[1]
     if kv_heads < q_BNTD.shape[1]:
         dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))

@@ -137,6 +137,9 @@ class DataParallel(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.module.state_dict(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DataParallel:
+        raise TypeError("DataParallel: a copy would reduce nothing; copy the wrapped module, and wrap that anew")
+
     # What happens in backward ------------------------------------------------------------------------------
 
     def _ready(self, bucket: Bucket, slot: Slot) -> None:

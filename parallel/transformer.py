@@ -4,8 +4,8 @@ Each is a column-parallel layer, work on this rank's own channels or heads, and 
 communicates once in forward and once in backward (Shoeybi et al. 2019, arXiv:1909.08053, section 3). With sequence
 parallelism x and y are this rank's tokens alone (Korthikanti et al. 2022, arXiv:2205.05198).
 
-Dropout inside draws other numbers on every rank, dropout of the output the same on all that hold it; for that, more
-than one rank needs ``streams``. Attention weights are dropped under torch.compile without streams alone.
+Dropout inside draws other numbers on every rank, dropout of the output the same on all that hold it: several ranks need
+``streams`` for that. With streams, attention weights are not dropped inside compiled functions (see Stream.fork).
 
 Legend of shape suffixes:
     B batch, T tokens, E embed, F hidden channels of this rank, N heads and M key-value heads of this rank, G = N/M,

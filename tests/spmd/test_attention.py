@@ -16,7 +16,7 @@ def test_equals_serial_attention(everyone, agreed, method):
         Case(14, method, causal=True, zigzag=True, mask="bool"),
         Case(few, method, causal=True, mask="padding", heads=(5, 5)),
     ):
-        agreed(lambda c=case: check(c, everyone), case)
+        agreed(lambda c=case: check(c, everyone), str(case))
 
 
 def test_in_halves_of_the_ranks(everyone, agreed):
@@ -28,5 +28,5 @@ def test_in_halves_of_the_ranks(everyone, agreed):
 @pytest.mark.parametrize("method", METHODS)
 def test_inside_a_graph(everyone, agreed, method):
     torch._dynamo.reset()
-    case = Case(13, method, causal=True, zigzag=True, mask="padding", heads=(8, 4))
-    agreed(lambda: check(case, everyone, compiled=True), case)
+    case = Case(13, method, causal=True, zigzag=method == "ring", mask="padding", heads=(8, 4))
+    agreed(lambda: check(case, everyone, compiled=True), str(case))

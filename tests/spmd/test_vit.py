@@ -112,7 +112,7 @@ def test_training_is_the_serial_one(agreed, dp, cp, tp, context, sequence_parall
     agreed(train)
 
 
-@pytest.mark.skipif("COMMLAYER_PROFILE" in os.environ, reason="the graphs are those without a profile")
+@pytest.mark.skipif(bool(os.environ.get("COMMLAYER_PROFILE")), reason="the graphs are those without a profile")
 @pytest.mark.parametrize(
     ("context", "sequence_parallel", "recompute"), [("ring", True, False), ("ulysses", False, True)]
 )

@@ -457,6 +457,13 @@ def test_wrong_arguments():
     run_local(rank, ranks=2)
 
 
+def test_a_copy_which_would_reduce_nothing_is_refused():
+    model = run_local(lambda: DataParallel(Net()), ranks=1)[0]
+    with pytest.raises(TypeError, match="copy the wrapped module"):
+        copy.deepcopy(model)
+    copy.deepcopy(model.module)
+
+
 def test_sparse_gradient_names_the_parameter():
     class Lookup(nn.Module):
         def __init__(self):
