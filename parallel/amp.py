@@ -22,6 +22,19 @@ def autocast(mode: str, device: torch.device | str) -> AbstractContextManager[An
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
 
 
+def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in the dtype that autocast, where it is on, gives to matrix products: float64 stays as it is.
+
+    For autograd Functions, of which autocast knows nothing; to be called outside of them, so that gradients are cast
+    back.
+    """
+    device = next(x for x in tensors if x is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
 class GradScaler(torch.amp.GradScaler):
     """``torch.amp.GradScaler``, with which a step is skipped on all ranks of ``mesh`` if a gradient of any overflowed.
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from commlayer import Group, UnsupportedOperation, balanced_sizes
+from parallel.amp import as_autocast
 from parallel.blocks import additive
 from parallel.mappings import all_gather_from_region, all_to_all_region, gather_from_region
 from parallel.ring import Ring, ring_attention
@@ -61,7 +62,7 @@ def context_attention(
     A query that may attend to nothing gets 0. On a group of one rank this is scaled_dot_product_attention. Raises
     ValueError for shapes that do not fit, UnsupportedOperation for a mask that requires grad.
     """
-    q, k, v = _autocast(q_BNTD, k_BMTD, v_BMTD)
+    q, k, v = as_autocast(q_BNTD, k_BMTD, v_BMTD)
     _check_shapes(q, k, v)
     if shards is None:
         shards = SequenceShards(q.shape[2] * group.size, group.size)
@@ -90,6 +91,9 @@ def _attention(
     bias = None
     if mask is not None or (causal and q_BNTD.shape[2] != k_BMLD.shape[2]):
         bias = additive(mask, q_BNTD, k_BMLD.shape[2], causal)
+    grouped = False
+    if q_BNTD.shape[1] != k_BMLD.shape[1]:  # in a graph with symbolic sizes the comparison alone is no bool
+        grouped = True
     return F.scaled_dot_product_attention(
         q_BNTD,
         k_BMLD,
@@ -98,7 +102,7 @@ def _attention(
         dropout,
         is_causal=causal and bias is None,
         scale=scale,
-        enable_gqa=bool(q_BNTD.shape[1] != k_BMLD.shape[1]),  # of sizes that a graph leaves open
+        enable_gqa=grouped,
     )
 
 
@@ -185,15 +189,6 @@ def _of_my_heads(mask: Tensor, heads: list[int], shards: SequenceShards, group: 
 
 
 # Input ----------------------------------------------------------------------------------------------------
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As scaled_dot_product_attention does under autocast, which knows nothing of ours."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:

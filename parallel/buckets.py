@@ -24,11 +24,12 @@ class Slot:
 
     def __init__(self, name: str, param: nn.Parameter, view: Tensor) -> None:
         self.name, self.param, self.view = name, param, view
+        self.address = view.data_ptr()
 
     def attach(self) -> None:
         """Make ``p.grad`` the view; after ``zero_grad()``, backward has put another tensor there."""
         grad = self.param.grad
-        if grad is self.view:
+        if grad is self.view and grad.data_ptr() == self.address:  # converting a module swaps the data of gradients
             return
         assert grad is not None
         if grad.layout != torch.strided:

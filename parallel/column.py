@@ -18,6 +18,7 @@ from torch.autograd import Function
 import commlayer
 from commlayer import Group
 from parallel import operators
+from parallel.amp import as_autocast
 from parallel.mappings import all_gather_from_region, copy_to_region, reduce_from_region, reduce_scatter_to_region
 
 
@@ -28,17 +29,9 @@ def column_linear(
 
     Under autocast it computes in the same dtype as F.linear. What is kept for backward is x as it was given.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):  # cast out here: a Function's backward does not undo what its forward cast
-        low = torch.get_autocast_dtype(device)
-        x, weight = _autocast(x, low), _autocast(weight, low)
-        bias = None if bias is None else _autocast(bias, low)
+    x, weight, bias = as_autocast(x, weight, bias)
     result: Tensor = _Column.apply(x, weight, bias, group, dim % x.ndim, None if sizes is None else tuple(sizes))
     return result
-
-
-def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(dtype)  # autocast leaves doubles alone
 
 
 class _Column(Function):

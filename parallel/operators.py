@@ -35,23 +35,20 @@ def operator(name: str, fake: Callable[..., Any], real: Callable[..., Any]) -> C
 
 def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
     """``x`` reduced over the group by ``op``, one of sum, avg, max, min."""
-    if torch.compiler.is_compiling():
-        return _all_reduce(x, op, group.handle)
-    return commlayer.all_reduce(x, op, group=group)
+    run = _all_reduce if torch.compiler.is_compiling() else _all_reduce_real
+    return run(x, op, group.handle)
 
 
 def all_gather(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
     """Every rank's part, of extents ``sizes``, concatenated along ``dim``."""
-    if torch.compiler.is_compiling():
-        return _all_gather(x, dim, sizes, group.handle)
-    return commlayer.all_gather(x, dim=dim, sizes=sizes, group=group)
+    run = _all_gather if torch.compiler.is_compiling() else _all_gather_real
+    return run(x, dim, sizes, group.handle)
 
 
 def reduce_scatter(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
     """This rank's part, of extents ``sizes`` along ``dim``, of the sum over the group."""
-    if torch.compiler.is_compiling():
-        return _reduce_scatter(x, dim, sizes, group.handle)
-    return commlayer.reduce_scatter(x, dim=dim, sizes=sizes, group=group)
+    run = _reduce_scatter if torch.compiler.is_compiling() else _reduce_scatter_real
+    return run(x, dim, sizes, group.handle)
 
 
 def all_to_all(
@@ -59,44 +56,44 @@ def all_to_all(
 ) -> Tensor:
     """Cut ``scatter_dim`` into the extents ``scatter``, one for each rank, and put what arrives together along
     ``gather_dim``, of which rank r holds ``gather[r]``."""
-    if torch.compiler.is_compiling():
-        return _all_to_all(x, scatter_dim, gather_dim, scatter, gather, group.handle)
+    run = _all_to_all if torch.compiler.is_compiling() else _all_to_all_real
+    return run(x, scatter_dim, gather_dim, scatter, gather, group.handle)
+
+
+def _all_reduce_real(x: Tensor, op: str, group: int) -> Tensor:
+    result: Tensor = commlayer.all_reduce(x, op, group=Group.of(group))
+    return result
+
+
+def _all_gather_real(x: Tensor, dim: int, sizes: Sequence[int], group: int) -> Tensor:
+    result: Tensor = commlayer.all_gather(x, dim=dim, sizes=sizes, group=Group.of(group))
+    return result.contiguous()
+
+
+def _reduce_scatter_real(x: Tensor, dim: int, sizes: Sequence[int], group: int) -> Tensor:
+    result: Tensor = commlayer.reduce_scatter(x, dim=dim, sizes=sizes, group=Group.of(group))
+    return result.contiguous()
+
+
+def _all_to_all_real(
+    x: Tensor, scatter_dim: int, gather_dim: int, scatter: Sequence[int], gather: Sequence[int], group: int
+) -> Tensor:
     parts = [part.reshape(-1) for part in x.split(list(scatter), scatter_dim)]
-    shapes = [_replaced(x.shape, {scatter_dim: scatter[group.rank], gather_dim: extent}) for extent in gather]
+    mine = scatter[Group.of(group).rank]
+    shapes = [_replaced(x.shape, {scatter_dim: mine, gather_dim: extent}) for extent in gather]
     counts = [math.prod(shape) for shape in shapes]
     even = len(set(scatter)) == len(set(gather)) == 1
     arrived = commlayer.all_to_all(
         torch.cat(parts),
         input_splits=None if even else [part.numel() for part in parts],
         output_splits=None if even else counts,
-        group=group,
+        group=Group.of(group),
     )
     return torch.cat([part.view(s) for part, s in zip(arrived.split(counts), shapes, strict=True)], gather_dim)
 
 
 def _replaced(shape: Sequence[int], extents: dict[int, int]) -> list[int]:
     return [extents.get(dim, extent) for dim, extent in enumerate(shape)]
-
-
-# In graphs ------------------------------------------------------------------------------------------------
-
-
-def _all_reduce_real(x: Tensor, op: str, group: int) -> Tensor:
-    return all_reduce(x, Group.of(group), op)
-
-
-def _all_gather_real(x: Tensor, dim: int, sizes: Sequence[int], group: int) -> Tensor:
-    return all_gather(x, dim, sizes, Group.of(group)).contiguous()
-
-
-def _reduce_scatter_real(x: Tensor, dim: int, sizes: Sequence[int], group: int) -> Tensor:
-    return reduce_scatter(x, dim, sizes, Group.of(group)).contiguous()
-
-
-def _all_to_all_real(
-    x: Tensor, scatter_dim: int, gather_dim: int, scatter: Sequence[int], gather: Sequence[int], group: int
-) -> Tensor:
-    return all_to_all(x, scatter_dim, gather_dim, scatter, gather, Group.of(group))
 
 
 _all_reduce = operator("all_reduce", lambda x, op, group: x.new_empty(x.shape), _all_reduce_real)

@@ -139,9 +139,11 @@ def initialise(param: Tensor, fill: Callable[[Tensor], object]) -> None:
     """Fill ``param`` with its part of what ``fill`` makes of the whole tensor, in place.
 
     So every rank draws the same numbers in the same order as a single process would: a sharded model starts with the
-    same bits as the serial one of the same seed, and the generator goes on alike.
+    same bits as the serial one of the same seed, and the generator goes on alike. On the meta device nothing happens.
     """
-    if not placement(param).shards or param.device.type == "meta":
+    if param.is_meta:
+        return
+    if not placement(param).shards:
         fill(param)
         return
     full = torch.empty(full_shape(param), dtype=param.dtype, device=param.device)

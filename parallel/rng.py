@@ -230,13 +230,14 @@ _keep_mask.register_fake(lambda state, shape, keep, device: torch.empty(shape, d
 
 
 def _drop(x: Tensor, shape: Sequence[int], p: float, stream: Stream | None) -> Tensor:
-    """``x`` times a mask of ``shape``, scaled; autograd keeps the mask as bools."""
+    """``x`` times a mask of ``shape``, scaled; autograd keeps it as bools."""
     if stream is None:
         mask = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
     else:
         draw = _keep_mask if torch.compiler.is_compiling() else _draw_mask
         mask = draw(stream.state, shape, 1 - p, x.device)
-    return x * mask * (1 / (1 - p) if p < 1 else 0.0)
+    scale = 1 / (1 - p) if p < 1 else 0.0
+    return x * mask * scale if mask.numel() == x.numel() else x * (mask.to(x.dtype) * scale)
 
 
 def _checked_probability(name: str, value: float) -> float:

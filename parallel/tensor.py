@@ -133,8 +133,7 @@ class _ParallelLinear(_Sharded):
         length = shape[0] if "bias" in self.cuts else out_features
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(length, device=device, dtype=dtype)) if bias else None
-        if not self.weight.is_meta:
-            self.reset_parameters()
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """This rank's part of what nn.Linear would draw."""
@@ -280,8 +279,7 @@ class VocabParallelEmbedding(_Sharded):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.weight = nn.Parameter(torch.empty(self.sizes[self.group.rank], embedding_dim, device=device, dtype=dtype))
-        if not self.weight.is_meta:
-            self.reset_parameters()
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """This rank's part of what nn.Embedding would draw."""

@@ -106,8 +106,10 @@ def test_training_is_the_serial_one(agreed, dp, cp, tp, context, sequence_parall
                 optimizer.step()
         reference = dict(serial.named_parameters())
         for name, p in model.module.named_parameters():
-            torch.testing.assert_close(gather_full(p, p), reference[name], rtol=1e-5, atol=1e-5)
-            assert not torch.allclose(reference[name], whole[name], rtol=0, atol=1e-5), name
+            moved = (reference[name] - whole[name]).abs().max().item()
+            apart = (gather_full(p, p) - reference[name]).abs().max().item()
+            assert moved > 1e-3, name
+            assert apart < 1e-5 * (moved + whole[name].abs().max().item()), name
 
     agreed(train)
 
