@@ -16,7 +16,7 @@ from commlayer.backends.base import Communicator, Counts, Message
 from commlayer.backends.single import Single
 from commlayer.capability import EVERYTHING, OPS, REDUCING, SPLITTABLE, CapabilitySet, Request
 from commlayer.control.seat import Seat
-from commlayer.errors import UnsupportedOperation
+from commlayer.errors import CommError, UnsupportedOperation
 from commlayer.planner import Plan, native_cost, plan
 from commlayer.recorder import Operation, Recorder
 from commlayer.reduce_op import SUM, ReduceOp, as_reduce_op, meaningless
@@ -194,7 +194,10 @@ class Group:
     @staticmethod
     def of(handle: int) -> Group:
         """The group with this ``handle``: where only numbers can be passed, as into operators of compiled graphs."""
-        return _GROUPS[int(handle)]  # in graphs it may be symbolic
+        found = _GROUPS.get(int(handle))  # in graphs it may be symbolic
+        if found is None:
+            raise CommError(f"handle: {handle} is of no group that still exists; compile again what refers to it")
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self  # a copied module talks to the same ranks

@@ -38,6 +38,8 @@ from commlayer import AVG, SUM, CommError, Group, Mesh, UnsupportedOperation, pr
 from parallel.buckets import Bucket, Reduction, Slot, make_buckets, packs_of
 from parallel.placement import placement, recall_marks
 
+_WRAPPERS: weakref.WeakValueDictionary[int, DataParallel] = weakref.WeakValueDictionary()  # by the id of a parameter
+
 
 class DataParallel(nn.Module):
     """Wrap a module so that ``backward()`` leaves the mean of all ranks' gradients in ``p.grad``.
@@ -53,6 +55,7 @@ class DataParallel(nn.Module):
     Gradient accumulation: run all but the last backward under :meth:`no_sync`. Frozen parameters
     (``requires_grad=False`` at construction) are left alone, tied ones are reduced once. The state dict is
     that of the wrapped module, without a prefix.
+    Wrapping a module again retires the wrapper before.
 
     Args:
         module: on the device it will train on; every rank passes the same architecture.
@@ -107,12 +110,15 @@ class DataParallel(nn.Module):
         self._launched = 0  # buckets started in this backward: always the first ones
         self._arrived = 0  # and of these, the first ones that are known to be done
         # Parameters outlive this wrapper, so their hooks must neither keep it alive nor stay behind.
-        handles = []
+        handles: list[Any] = []
+        self._retire = weakref.finalize(self, lambda: [handle.remove() for handle in handles])
         for bucket in self._buckets:
             for slot in bucket.slots:
+                if (older := _WRAPPERS.get(id(slot.param), self)) is not self:
+                    older._retire()  # two that reduce would add up twice
+                _WRAPPERS[id(slot.param)] = self
                 hook = _hook(weakref.ref(self), bucket, slot)
                 handles.append(slot.param.register_post_accumulate_grad_hook(hook))
-        weakref.finalize(self, lambda: [handle.remove() for handle in handles])
         self.register_load_state_dict_pre_hook(_insert_prefix)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -269,6 +275,8 @@ def _check_module(module: nn.Module) -> None:
 def _check_marks(module: nn.Module, mesh: Mesh | None) -> None:
     for name, param in module.named_parameters():
         marks = placement(param)
+        if "dp" in marks.partial:
+            raise ValueError(f"mark_replicated: {name} is marked for dp, over which DataParallel averages anyway")
         if marks.partial and mesh is None:
             raise ValueError(f"mesh: needed, since {name} is replicated over {', '.join(marks.partial)}")
         axes = [*marks.partial, *(shard.axis for shard in marks.shards if shard.group.size > 1)]

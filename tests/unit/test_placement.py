@@ -236,6 +236,8 @@ def test_data_parallel_refuses_marks_it_cannot_honour():
             DataParallel(model)
         with pytest.raises(ValueError, match=r"norm.weight is cut or replicated over cp, but the axes are"):
             DataParallel(model, mesh=Mesh("dp=2"))
+        with pytest.raises(ValueError, match=r"norm.weight is marked for dp, over which"):
+            DataParallel(mark_replicated(Serial(), ("dp",)), mesh=Mesh("dp=2"))
         with pytest.raises(ValueError, match="give a group or a mesh, not both"):
             DataParallel(Serial(), commlayer.world(), mesh=Mesh("dp=2"))
         marked = Serial()
@@ -243,6 +245,20 @@ def test_data_parallel_refuses_marks_it_cannot_honour():
             mark_replicated(marked.norm, ("cp",))
         with pytest.raises(ValueError, match="partial over cp"):
             DataParallel(marked, mesh=Mesh("dp=1 cp=2"))
+
+    run_local(rank, ranks=2)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_wrapped_twice_it_is_reduced_once(keep):
+    def rank():
+        mesh = Mesh("dp=1 cp=2 tp=1")
+        model = Parallel(mesh)
+        first = DataParallel(model, mesh=mesh)
+        if not keep:
+            del first
+        errors = compare(mesh, DataParallel(model, mesh=mesh))
+        assert max(errors.values()) < 1e-13
 
     run_local(rank, ranks=2)
 
