@@ -204,26 +204,29 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise TypeError(f"q, k, v: expected one floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
 
 
-def _check(
-    q: Tensor, k: Tensor, mask: Tensor | None, group: Group, shards: SequenceShards, method: str, dropout: float
-) -> None:
+def check_method(method: str, heads: int, group: Group, dropout: float) -> None:
+    """Raise ValueError where ``method`` cannot do so many query heads, or dropout, on the ranks of ``group``."""
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    if method == "ring" and dropout and group.size > 1:
+        raise ValueError(f"dropout: ring attention has none, got {dropout}; use method='all_gather' or 'ulysses'")
+    if method == "ulysses" and group.size > heads:
+        raise ValueError(
+            f"method: 'ulysses' gives each of {group.size} ranks some of the heads, but there are {heads}; use 'ring'"
+        )
+
+
+def _check(
+    q: Tensor, k: Tensor, mask: Tensor | None, group: Group, shards: SequenceShards, method: str, dropout: float
+) -> None:
     B, N, T, _ = q.shape
+    check_method(method, N, group, dropout)
     if shards.parts != group.size or shards.sizes[group.rank] != T:
         raise ValueError(f"shards: {shards} does not fit {group.size} ranks with {T} tokens on rank {group.rank}")
     if mask is not None:
         _check_mask(mask, (B, N, T, shards.length))
-    if group.size == 1:
-        return
-    if method == "ring" and dropout:
-        raise ValueError(f"dropout: ring attention has none, got {dropout}; use method='all_gather' or 'ulysses'")
-    if method == "ulysses" and group.size > N:
-        raise ValueError(
-            f"method: 'ulysses' gives each rank some of the heads, but there are {N} for {group.size} ranks; use 'ring'"
-        )
 
 
 def _check_mask(mask: Tensor, full: tuple[int, int, int, int]) -> None:

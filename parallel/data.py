@@ -103,6 +103,7 @@ class DataParallel(nn.Module):
         self._frozen = [p for p in module.parameters() if not p.requires_grad]
         # named_parameters yields tied parameters once.
         reduced = {n: p for n, p in module.named_parameters() if p.requires_grad and self._reduction(p).group.size > 1}
+        self._replace_older(reduced)
         self._buckets = make_buckets([*reduced.items()], self._bytes, lambda name: self._reduction(reduced[name]))
         self._sync = True
         self._open = False  # between the first gradient of a synchronised backward and its end
@@ -114,8 +115,6 @@ class DataParallel(nn.Module):
         self._retire = weakref.finalize(self, lambda: [handle.remove() for handle in handles])
         for bucket in self._buckets:
             for slot in bucket.slots:
-                if (older := _WRAPPERS.get(id(slot.param), self)) is not self:
-                    older._retire()  # two that reduce would add up twice
                 _WRAPPERS[id(slot.param)] = self
                 hook = _hook(weakref.ref(self), bucket, slot)
                 handles.append(slot.param.register_post_accumulate_grad_hook(hook))
@@ -186,7 +185,20 @@ class DataParallel(nn.Module):
 
     # Agreement ---------------------------------------------------------------------------------------------
 
+    def _replace_older(self, reduced: dict[str, nn.Parameter]) -> None:
+        """Retire a wrapper of the same parameters, since two that reduce would add up twice."""
+        mine = {id(p) for p in reduced.values()}
+        for name, p in reduced.items():
+            older = _WRAPPERS.get(id(p))
+            if older is None or not older._retire.alive:
+                continue
+            if not {id(slot.param) for bucket in older._buckets for slot in bucket.slots} <= mine:
+                raise ValueError(f"module: {name} is reduced by another DataParallel, of a larger module; delete that")
+            older._retire()
+
     def _check_state(self) -> None:
+        if self._buckets and not self._retire.alive:
+            raise CommError("DataParallel: this wrapper was replaced by a newer one of the same parameters")
         if self._open and torch._C._current_graph_task_id() == -1:
             raise CommError(
                 "DataParallel: the last backward broke off halfway, so this rank and the others may have "

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from commlayer import Group, balanced_sizes
-from parallel.attention import SequenceShards, context_attention
+from parallel.attention import SequenceShards, check_method, context_attention
 from parallel.rng import Dropout, Stream, Streams
 from parallel.tensor import ColumnParallelLinear, RowParallelLinear
 
@@ -121,6 +121,7 @@ class ParallelAttention(nn.Module):
         self.head_dim, self.queries, self.kv_heads = embed // heads, heads // kv_heads, kv_heads // group.size
         self.context = Group.alone() if context is None else context
         self.method, self.causal, self.dropout = method, causal, dropout
+        check_method(method, heads // group.size, self.context, dropout)
         place: dict[str, Any] = {"group": group, "axis": axis, "sequence_parallel": sequence_parallel}
         self.qkv = ColumnParallelLinear(embed, (heads + 2 * kv_heads) * self.head_dim, bias, **place)
         self.out = RowParallelLinear(embed, embed, bias, **place)

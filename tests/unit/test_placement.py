@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import commlayer
-from commlayer import Group, Mesh, balanced_sizes, run_local
+from commlayer import CommError, Group, Mesh, balanced_sizes, run_local
 from parallel import verify_gradients
 from parallel.data import DataParallel
 from parallel.mappings import copy_to_region, gather_from_region, reduce_from_region, scatter_to_region
@@ -257,8 +257,13 @@ def test_wrapped_twice_it_is_reduced_once(keep):
         first = DataParallel(model, mesh=mesh)
         if not keep:
             del first
-        errors = compare(mesh, DataParallel(model, mesh=mesh))
-        assert max(errors.values()) < 1e-13
+        second = DataParallel(model, mesh=mesh)
+        assert max(compare(mesh, second).values()) < 1e-13
+        if keep:
+            with pytest.raises(CommError, match="was replaced by a newer one"):
+                first(samples())
+        with pytest.raises(ValueError, match=r"weight is reduced by another DataParallel, of a larger module"):
+            DataParallel(mark_replicated(model.norm, ("cp",)), mesh=mesh)
 
     run_local(rank, ranks=2)
 
