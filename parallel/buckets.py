@@ -29,11 +29,11 @@ class Slot:
     def attach(self) -> None:
         """Make ``p.grad`` the view; after ``zero_grad()``, backward has put another tensor there."""
         grad = self.param.grad
-        if grad is self.view and grad.data_ptr() == self.address:  # converting a module swaps the data of gradients
-            return
         assert grad is not None
         if grad.layout != torch.strided:
             raise UnsupportedOperation(f"the gradient of {self.name} is sparse; only dense ones are reduced")
+        if grad.data_ptr() == self.address != 0 and grad.dtype == self.view.dtype:
+            return
         if grad.requires_grad:
             raise UnsupportedOperation(
                 f"the gradient of {self.name} has a graph (create_graph=True), which the reduction would "
@@ -45,7 +45,11 @@ class Slot:
                 f"{self.view.dtype} on {self.view.device}; convert the module first"
             )
         self.view.copy_(grad)
-        self.param.grad = self.view
+        self.hand_out()
+
+    def hand_out(self) -> None:
+        """Make ``p.grad`` this place; by a tensor of its own, since converting a module swaps what is in that."""
+        self.param.grad = self.view.detach()
 
 
 class Bucket:
@@ -101,7 +105,7 @@ class Bucket:
             used_somewhere = (self.flags.abs() > 0).tolist()
             for i in self.unused:
                 if used_somewhere[i]:
-                    self.slots[i].param.grad = self.slots[i].view
+                    self.slots[i].hand_out()
         self.unused.clear()
         self.missing = set(self.slots)
         self.work = Work()

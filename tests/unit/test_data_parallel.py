@@ -266,7 +266,7 @@ def test_training_follows_the_serial_run(set_to_none):
                 optimizer.step()
         for (name, p), q in zip(model.module.named_parameters(), serial.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-            if p.grad is not None:
+            if p.grad is not None and p.numel():
                 assert any(p.grad._base is flat for flat in flats), f"{name}: grad is no view of a bucket"
         return {name: p.detach().clone() for name, p in model.module.named_parameters()}
 
@@ -490,9 +490,12 @@ def test_second_derivative_through_grad_is_refused():
     run_local(rank, ranks=2)
 
 
-def test_a_module_converted_later_is_refused():
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_a_module_converted_later_is_refused(has_gradients):
     def rank():
         model = DataParallel(nn.Linear(2, 2))
+        if has_gradients:
+            model(torch.ones(1, 2)).sum().backward()
         model.double()
         with pytest.raises(ValueError, match=r"became torch.float64 .* after DataParallel was built"):
             model(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
