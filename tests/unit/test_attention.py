@@ -229,7 +229,7 @@ def test_an_empty_batch():
         ({"method": "flash"}, ValueError, "method: expected one of ring, all_gather, ulysses, got 'flash'"),
         ({"dropout": 1.0}, ValueError, r"dropout: expected a probability in \[0, 1\), got 1.0"),
         ({"dropout": 0.1}, ValueError, "dropout: ring attention has none, got 0.1; use method='all_gather'"),
-        ({"method": "ulysses", "N": 1}, ValueError, "method: 'ulysses' gives each of 2 ranks some of the heads, but there are 1"),
+        ({"method": "ulysses", "N": 1}, ValueError, "method: 'ulysses' gives each of 2 ranks some"),
         ({"shards": SequenceShards(13, 2)}, ValueError, "shards: .*length=13.* does not fit 2 ranks with 5 tokens on"),
         ({"shards": SequenceShards(5, 1)}, ValueError, "shards: .*parts=1.* does not fit 2 ranks"),
         ({"mask": torch.ones(5, 5)}, ValueError, r"mask: got shape \(5, 5\), .* to B N T L = \(1, 4, 5, 10\)"),
