@@ -10,36 +10,64 @@ from typing import Any
 
 SHIPPED = Path(__file__).parent / "configs"
 
+CHOICES = {"amp": ("none", "bf16", "fp16"), "context": ("ring", "all_gather", "ulysses")}
+
+# What may change when a run goes on from a checkpoint: where things are, and what is shown and kept. Any other key
+# shapes the numbers. (The mesh is compared as a whole, with -1 filled in.)
+FREE = (
+    *("name", "output", "resume", "mesh", "order", "variable", "require_skill"),
+    *("log_every", "validate_every", "save_every", "keep"),
+    *("data.workers", "data.prefetch", "data.root", "data.files"),
+)
+
 
 @dataclass
 class Optimizer:
     """AdamW on a cosine schedule; ``warmup`` is a fraction of all steps, ``final`` one of the peak rate."""
 
     lr: float = 5e-4
+    reference_batch: int = 0  # if set, the batch that lr is meant for: another one has lr · √(batch / reference_batch)
     weight_decay: float = 0.1
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     warmup: float = 0.05
     final: float = 0.0
     clip: float = 1.0  # largest gradient norm; 0: no clipping
 
+    def __post_init__(self) -> None:
+        if self.clip < 0:
+            raise ValueError(f"optimizer.clip: must be at least 0, got {self.clip}")
+
 
 @dataclass
 class Config:
     """One training run.
 
-    ``data`` is ``source`` (netcdf or era5), ``workers``, and the arguments of that source's function;
-    ``model`` is ``size`` (of ``models.vit.SIZES``) and whatever differs from it. ``batch`` is global: the
-    ranks share it.
+    ``data`` is ``source`` (of ``models.setup.SOURCES``), ``workers`` and ``prefetch`` (batches per worker), and the
+    arguments of that source's function; ``model`` is ``size`` (of ``models.vit.SIZES``) and whatever differs from
+    it. ``batch`` is global: the ranks share it.
     """
 
     name: str = "run"
     output: str = "runs/run"
+    resume: str = ""  # a checkpoint, or the output folder of a run; auto: the newest in output, if there is one
     seed: int = 0
     threads: int = 0  # CPU threads per rank; 0: torch's choice
+    tf32: bool = True  # float32 products in TF32, on GPUs that have it
+    mesh: str = "dp=-1"  # sizes of the axes dp, cp and tp; -1: all ranks that are left
+    order: str = ""  # of the axes, fastest first; "": tp-cp-dp
+    sequence_parallel: bool = False
+    context: str = "ring"  # attention over cp: ring, all_gather or ulysses
+    recompute: bool = False  # blocks run again in backward instead of keeping their activations
+    compile: bool = False
+    amp: str = "none"  # mixed precision: none, bf16 or fp16
     epochs: int = 10
     steps: int = 0  # if set, the length of the run instead of epochs
     batch: int = 16
+    accumulate: int = 1  # micro-batches per step: the same gradients in less memory
+    log_every: int = 10  # steps; also how often SIGTERM is looked for
     validate_every: int = 1  # epochs
+    save_every: int = 0  # steps between checkpoints; 0: only when SIGTERM ends the run
+    keep: int = 2  # the newest checkpoints that stay
     latitude_weighted: bool = True  # loss and RMSE weighted by cos(latitude), the area of a grid cell
     variable: str = ""  # the channel for headlines and pictures; "": the first
     require_skill: bool = False  # exit status 1 unless the forecast beats persistence
@@ -49,19 +77,26 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "validate_every"):
+        for name in ("epochs", "batch", "accumulate", "log_every", "validate_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
 
-def load(name: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a file by its path, or a shipped one by its bare name, and apply ``a.b=value`` overrides."""
+def load(name: str, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> Config:
+    """Read a file by its path, or a shipped one by its bare name; apply ``a.b=value`` overrides, then ``options``."""
     tree = _parse_file(_find(name))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ValueError(f"override: expected key=value, got {override!r}")
         _set(tree, key, _yaml().safe_load(value))
+    tree |= options or {}
     config: Config = _typed(tree, Config(), "")
     return config
 
@@ -69,6 +104,18 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
 def dump(config: Config) -> str:
     """As YAML; :func:`load` reads it back."""
     return str(_yaml().safe_dump(asdict(config), sort_keys=False))
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What of two configurations, as ``asdict`` makes them, keeps one from going on where the other stopped."""
+    found = []
+    for key in dict.fromkeys((*ours, *theirs)):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b and prefix + key not in FREE:
+            found.append(f"{prefix}{key} is {a!r} here and {b!r} there")
+    return found
 
 
 def section(given: Any, defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -123,12 +170,12 @@ def _typed(value: Any, default: Any, key: str) -> Any:
             return float(value)  # YAML reads 3e-4, without a point, as text
         except (TypeError, ValueError):
             pass
-    elif isinstance(default, list):
+    elif isinstance(default, (list, tuple)):
         if isinstance(value, list) and len(value) == len(default):
             return [_typed(v, d, f"{key}[{i}]") for i, (v, d) in enumerate(zip(value, default, strict=True))]
     elif default is None or type(value) is type(default):
         return value
-    expected = f"a list like {default}" if isinstance(default, list) else type(default).__name__
+    expected = f"a list like {list(default)}" if isinstance(default, (list, tuple)) else type(default).__name__
     raise ValueError(f"{key}: expected {expected}, got {value!r}")
 
 

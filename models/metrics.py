@@ -1,4 +1,4 @@
-"""How good forecasts are: area-weighted RMSE in physical units, over all ranks, against simple rivals.
+"""How good forecasts are: area-weighted errors in physical units, over all ranks, against simple rivals.
 
 Legend: B batch, C channels, X = history · C input channels, H × W grid.
 """
@@ -6,6 +6,7 @@ Legend: B batch, C channels, X = history · C input channels, H × W grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,27 +37,63 @@ def rivals(data: FieldPairs, device: torch.device) -> dict[str, Forecast]:
     return found
 
 
+class Score(NamedTuple):
+    """``rmse`` of each channel in physical units; ``loss``: the mean square error that training minimises."""
+
+    rmse: list[float]
+    loss: float
+
+
 @torch.no_grad()
-def rmse(
+def scores(
     forecasts: dict[str, Forecast],
     batches: Iterable[tuple[Tensor, Tensor]],
     data: FieldPairs,
     weights: Tensor,
     group: Group,
-) -> dict[str, list[float]]:
-    """Root mean square error of each forecast, per channel, in physical units.
+) -> dict[str, Score]:
+    """How far each forecast is off the truth, over the samples of all ranks of ``group``.
 
-    The mean is over all samples of all ranks, so it does not depend on how they were dealt out.
+    The mean is over samples, so it does not depend on how they were dealt out.
     """
-    sums = torch.zeros(len(forecasts), len(data.channels), dtype=torch.float64, device=group.device)
+    C = len(data.channels)
+    sums = torch.zeros(len(forecasts), C + 1, dtype=torch.float64, device=group.device)
     count = torch.zeros(1, dtype=torch.float64, device=group.device)
     std = data.std.to(group.device)
     for x, y in batches:
-        x, y = x.to(group.device), y.to(group.device)
         count += len(x)
         for i, forecast in enumerate(forecasts.values()):
-            errors_BCHW = (forecast(x) - y) * std
-            sums[i] += (errors_BCHW.double().square() * weights).mean((2, 3)).sum(0)
+            errors_BCHW = forecast(x) - y
+            sums[i, :C] += ((errors_BCHW * std).double().square() * weights).mean((2, 3)).sum(0)
+            sums[i, C] += (errors_BCHW.double().square() * weights).mean((1, 2, 3)).sum()
     total = commlayer.all_reduce(torch.cat([sums.flatten(), count]), group=group)
-    result = (total[:-1] / total[-1]).sqrt().view(sums.shape).tolist()
-    return dict(zip(forecasts, result, strict=True))
+    means = (total[:-1] / total[-1]).view(sums.shape)
+    rows = zip(forecasts, means[:, :C].sqrt().tolist(), means[:, C].tolist(), strict=True)
+    return {name: Score(rmse, loss) for name, rmse, loss in rows}
+
+
+class Mean:
+    """The mean loss over samples of all ranks, gathered step by step without communication until it is asked for."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.total = torch.zeros(1, dtype=torch.float64, device=group.device)
+        self.count = 0
+
+    def add(self, total: Tensor, count: int) -> None:
+        """The sum of this rank's losses, and the number of samples on all ranks."""
+        self.total += total
+        self.count += count
+
+    def take(self) -> float:
+        """The mean since it was last taken. Collective."""
+        mean = commlayer.all_reduce(self.total, group=self.group).item() / self.count
+        self.load_state_dict({"total": 0.0, "count": 0})
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total.item(), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total.fill_(state["total"])
+        self.count = state["count"]

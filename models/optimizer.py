@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from models.config import Optimizer
+
+FUSED = ("cpu", "cuda", "xpu")  # devices where torch has the whole update as one kernel
 
 
 def adamw(model: nn.Module, settings: Optimizer) -> AdamW:
@@ -22,17 +23,23 @@ def adamw(model: nn.Module, settings: Optimizer) -> AdamW:
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=settings.lr, betas=(settings.betas[0], settings.betas[1]))
+    fused = all(p.device.type in FUSED for p in model.parameters())
+    return AdamW(groups, lr=settings.lr, betas=(settings.betas[0], settings.betas[1]), fused=fused)
 
 
-def cosine(optimizer: torch.optim.Optimizer, settings: Optimizer, steps: int) -> LambdaLR:
-    """The schedule over a run of ``steps``; step it after every optimiser step."""
+def learning_rate(settings: Optimizer, steps: int, batch: int) -> Callable[[int], float]:
+    """The rate of each step 0, 1, … of a run of ``steps``, whose global batch is ``batch``.
+
+    The rate of Adam grows with the square root of the batch (Malladi et al. 2022, NeurIPS, "On the SDEs and Scaling
+    Rules for Adaptive Gradient Algorithms"), where ``reference_batch`` asks for it.
+    """
+    peak = settings.lr * (math.sqrt(batch / settings.reference_batch) if settings.reference_batch else 1)
     warmup = max(1, round(settings.warmup * steps))
 
     def rate(step: int) -> float:
         if step < warmup:
-            return (step + 1) / warmup
+            return peak * (step + 1) / warmup
         progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return settings.final + (1 - settings.final) * (1 + math.cos(math.pi * progress)) / 2
+        return peak * (settings.final + (1 - settings.final) * (1 + math.cos(math.pi * progress)) / 2)
 
-    return LambdaLR(optimizer, rate)
+    return rate

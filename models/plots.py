@@ -8,21 +8,30 @@ from typing import Any
 import numpy as np
 
 
-def loss_curve(path: Path, history: list[dict[str, float]], rivals: dict[str, float], unit: str) -> None:
-    """Training loss and validation RMSE by epoch; ``rivals`` are horizontal lines."""
+def loss_curve(
+    path: Path,
+    curve: list[dict[str, float]],
+    history: list[dict[str, float]],
+    rivals: dict[str, float],
+    unit: str,
+) -> None:
+    """Loss and validation RMSE by step; ``rivals`` are horizontal lines."""
     figure, (left, right) = _pyplot().subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    epochs = [entry["epoch"] for entry in history]
+    steps = [entry["step"] for entry in history]
     trained = [entry for entry in history if "loss" in entry]  # the first entry is from before training
-    left.plot([entry["epoch"] for entry in trained], [entry["loss"] for entry in trained], marker=".")
-    left.set(xlabel="epoch", ylabel="training loss (normalised)", title="Training")
-    right.plot(epochs, [entry["rmse"] for entry in history], marker=".", color="black", label="ViT")
+    left.plot([entry["step"] for entry in curve], [entry["loss"] for entry in curve], color="C0", alpha=0.3)
+    left.plot([e["step"] for e in trained], [e["loss"] for e in trained], marker=".", color="C0", label="training")
+    left.plot(steps, [entry["validation_loss"] for entry in history], marker=".", color="black", label="validation")
+    left.set(xlabel="step", ylabel="loss (normalised)", title="Loss")
+    left.legend(fontsize="small")
+    right.plot(steps, [entry["rmse"] for entry in history], marker=".", color="black", label="ViT")
     best = min(rivals.values())
     for i, (name, value) in enumerate(rivals.items()):
         if value < 2 * best:  # a far worse one would flatten the rest
             right.axhline(value, linestyle="--", color=f"C{i}", label=f"{name}: {value:.2f}")
         else:
             right.plot([], [], " ", label=f"({name}: {value:.2f})")
-    right.set(xlabel="epoch", ylabel=_with_unit("validation RMSE", unit), title="Validation")
+    right.set(xlabel="step", ylabel=_with_unit("validation RMSE", unit), title="Validation")
     right.legend(fontsize="small")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -1,42 +1,51 @@
-"""What a run shows and leaves behind: progress on rank 0, a table of scores, pictures, metrics, weights."""
+"""What a run shows while it goes: progress on the terminal of rank 0, and curves for TensorBoard."""
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor, nn
 
-from models import config as configuration
-from models import plots
-from models.config import Config
-from models.data.fields import FieldPairs
+from models.metrics import Score
+from models.trainer import Trainer
+from parallel.placement import full_shape
 
 
 class Reporter:
-    """A live bar on a terminal, else a line per validation; silent on every rank but 0."""
+    """A live bar on a terminal, else a line per validation; silent on every rank but 0.
 
-    def __init__(self, rank: int, steps: int, unit: str) -> None:
-        self.console = Console(quiet=rank != 0)
+    ``others``: the scores of the forecasts that need no training.
+    """
+
+    def __init__(self, trainer: Trainer, others: dict[str, Score]) -> None:
+        self.trainer = trainer
+        self.first = trainer.world.rank == 0
+        self.console = Console(quiet=not self.first)
+        self.persistence = others["persistence"].rmse[trainer.shown]
+        unit = trainer.data.units[trainer.shown]
         self.unit = f" {unit}" if unit else ""
+        self.curves: Any = None
         self._bar = Progress(
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=rank != 0 or not self.console.is_terminal,
+            disable=not self.first or not self.console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=steps)
+        self._task = self._bar.add_task("", total=trainer.steps, completed=trainer.step)
 
     def __enter__(self) -> Reporter:
+        self.say(_headline(self.trainer))
+        if self.first:
+            self.curves = _curves(Path(self.trainer.config.output), self.trainer.step)
+            if self.curves is None:
+                self.say("no curves for TensorBoard: pip install commlayer[train]")
         self._bar.start()
         return self
 
@@ -44,83 +53,86 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        if self.curves is not None:
+            self.curves.close()
 
     def step(self) -> None:
         self._bar.advance(self._task)
 
-    def validated(self, entry: dict[str, float], persistence: float, rate: float) -> None:
-        """Show one entry of the history; ``rate`` is in training samples per second."""
-        score = f"RMSE {entry['rmse']:.3f}{self.unit} (persistence {persistence:.3f})"
-        if self.console.is_terminal:
-            speed = f" {rate:.0f} samples/s" if entry["step"] else ""
-            self._bar.update(self._task, description=score + speed)
-        elif entry["step"]:
-            self.say(f"epoch {entry['epoch']}  loss {entry['loss']:.4f}  {score}  {rate:.0f} samples/s")
-        else:
-            self.say(f"before training: {score}")
+    def logged(self) -> None:
+        """The last entry of the curve."""
+        trainer, entry = self.trainer, self.trainer.curve[-1]
+        values = {
+            "loss/training": entry["loss"],
+            "training/learning rate": trainer.rate(trainer.step - 1),
+            "training/gradient norm": entry["gradient_norm"],
+            "training/samples per second": entry["samples_per_second"],
+        }
+        if trainer.scaler.is_enabled():
+            values["training/loss scale"] = trainer.scaler.get_scale()
+        self._scalars(values)
 
-    def table(self, title: str, scores: dict[str, float]) -> None:
+    def validated(self, score: Score) -> None:
+        """The last entry of the history, and the score that it comes from."""
+        trainer, entry = self.trainer, self.trainer.history[-1]
+        text = f"RMSE {entry['rmse']:.3f}{self.unit} (persistence {self.persistence:.3f})"
+        rate = f"{trainer.samples_per_second:.0f} samples/s" if trainer.step else ""
+        if self.console.is_terminal:
+            self._bar.update(self._task, description=f"{text} {rate}")
+        elif trainer.step:
+            self.say(f"epoch {entry['epoch']}  loss {entry['loss']:.4f}  {text}  {rate}")
+        else:
+            self.say(f"before training: {text}")
+        names = zip(trainer.data.channels, trainer.data.units, score.rmse, strict=True)
+        values = {f"RMSE/{name} [{unit}]" if unit else f"RMSE/{name}": value for name, unit, value in names}
+        self._scalars({"loss/validation": score.loss, **values})
+
+    def memory(self, marks: dict[str, list[int]]) -> None:
+        """High-water marks of all ranks: the highest of each."""
+        parts = [f"{max(values) / 2**30:.2f} GiB after {name}" for name, values in marks.items()]
+        self.say(f"memory of a rank at most: {', '.join(parts)}")
+
+    def finished(self, metrics: dict[str, Any]) -> None:
         """RMSE of each forecast, and its skill 1 - RMSE / RMSE of persistence."""
+        title = f"Forecasts of {metrics['variable']}, {metrics['validation_samples']} validation samples"
         table = Table(title=title, title_justify="left")
         table.add_column("forecast")
         table.add_column("RMSE", justify="right")
         table.add_column("better than persistence by", justify="right")
-        for name, value in scores.items():
-            skill = "" if name == "persistence" else f"{1 - value / scores['persistence']:+.1%}"
+        for name, value in metrics["rmse"].items():
+            skill = "" if name == "persistence" else f"{1 - value / metrics['rmse']['persistence']:+.1%}"
             table.add_row(name, f"{value:.3f}{self.unit}", skill, style="bold" if name == "ViT" else None)
         self.console.print(table)
+        self.say(
+            f"{metrics['samples_per_second']:.0f} training samples/s, {metrics['seconds']:.0f} s in all; "
+            f"pictures and metrics in {self.trainer.config.output}/"
+        )
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def _scalars(self, values: dict[str, float]) -> None:
+        if self.curves is not None:
+            for name, value in values.items():
+                self.curves.add_scalar(name, value, self.trainer.step)
 
-@torch.no_grad()
-def save(
-    config: Config,
-    model: nn.Module,
-    data: FieldPairs,
-    metrics: dict[str, Any],
-    weights: Tensor,
-    shown: int,
-    device: torch.device,
-) -> None:
-    """Write the output folder; ``shown`` is the channel in the pictures."""
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(configuration.dump(config))
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    torch.save(model.state_dict(), folder / "model.pt")
-    name, unit = data.channels[shown], data.units[shown]
-    rivals = {key: value for key, value in metrics["rmse"].items() if key != "ViT"}
-    plots.loss_curve(folder / "loss.png", metrics["history"], rivals, unit)
-    index, states, errors = _typical(model, data, weights.cpu(), shown, device)
-    year = data.windows[index].year
-    when = f"validation sample {index}" if year is None else f"year {int(year)}"
-    plots.forecast_map(
-        folder / "forecast.png",
-        states,
-        errors,
-        data.latitudes,
-        data.longitudes,
-        title=f"{name.replace('_', ' ')}, {when}: the case of median improvement",
-        unit=unit,
+
+def _headline(trainer: Trainer) -> str:
+    size, config = trainer.world.size, trainer.config
+    axes = " ".join(f"{axis}={extent}" for axis, extent in trainer.mesh.sizes.items() if extent > 1)
+    parameters = sum(math.prod(full_shape(p)) for p in trainer.vit.parameters())
+    return (
+        f"{config.name}: {size} rank{'s' * (size > 1)} {f'({axes}) ' if axes else ''}on {trainer.world.backend} "
+        f"({trainer.device}), ViT of {parameters / 1e6:.2f} M parameters on "
+        f"{' × '.join(map(str, trainer.data.grid))} points, {len(trainer.data)} training and "
+        f"{len(trainer.validation)} validation samples{f', from step {trainer.step}' if trainer.step else ''}"
     )
 
 
-def _typical(
-    model: nn.Module, data: FieldPairs, weights: Tensor, shown: int, device: torch.device
-) -> tuple[int, dict[str, np.ndarray], dict[str, float]]:
-    """The sample of median RMSE relative to persistence among 49 or less: neither the best nor the worst."""
-    cases = []
-    for index in range(0, len(data), -(-len(data) // 49)):
-        x, y = data[index]
-        found = {"truth": y, "ViT": model(x[None].to(device))[0].cpu(), "persistence": x[: len(y)]}
-        states = {key: data.denormalise(state)[shown] for key, state in found.items()}
-        errors = {
-            key: ((states[key] - states["truth"]).square() * weights).mean().sqrt().item()
-            for key in ("ViT", "persistence")
-        }
-        cases.append((errors["ViT"] / errors["persistence"], index, states, errors))
-    cases.sort(key=lambda case: case[:2])
-    _, index, states, errors = cases[len(cases) // 2]
-    return index, {key: state.numpy() for key, state in states.items()}, errors
+def _curves(folder: Path, step: int) -> Any:
+    """A writer of TensorBoard's, which hides what an earlier try wrote after ``step``; None without the package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)

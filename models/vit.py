@@ -187,6 +187,7 @@ class ViT(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, ColumnParallelLinear, RowParallelLinear)):
                 initialise(module.weight, lambda weight: nn.init.trunc_normal_(weight, std=0.02))
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()

@@ -34,6 +34,8 @@ def clip_grad_norm_(
     As ``torch.nn.utils.clip_grad_norm_``, for parameters marked by ``mark_sharded``; after data parallelism has reduced
     the gradients. Collective: see :func:`grad_norm`, also for the errors.
     """
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm: expected at least 0, got {max_norm}")
     params = _parameters(module_or_params)
     total = grad_norm(params, norm_type, mesh=mesh, error_if_nonfinite=error_if_nonfinite)
     coefficient = (max_norm / (total + 1e-6)).clamp(max=1.0)

@@ -2,6 +2,7 @@
 
 import pickle
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 from models.data.era5 import era5_pairs
 from models.data.fields import decimal_years, netcdf_pairs, whole_windows
 from models.data.sampling import ShardedBatches
+from models.data.synthetic import synthetic_pairs
 
 h5py = pytest.importorskip("h5py")
 
@@ -311,6 +313,75 @@ def test_whole_windows():
     assert list(whole_windows(0, 2, history=2, lead=3)) == []
 
 
+# Made-up fields ---------------------------------------------------------------------------------------------
+
+
+def test_made_up_fields_are_smooth_steady_and_as_normalised():
+    train, validation = synthetic_pairs(channels=3, grid=(24, 48), samples=300, validation_samples=40)
+    assert (len(train), len(validation)) == (300, 40)
+    assert train.grid == (24, 48)
+    assert train.channels == ("wave 0", "wave 1", "wave 2")
+    for data in (train, validation):
+        x, y = (torch.stack([data[i][part] for i in range(len(data))]) for part in (0, 1))
+        assert x.dtype == torch.float32
+        assert torch.equal(x[1:], y[:-1])
+        assert x.mean().abs() < 0.1
+        assert x.std(dim=(0, 2, 3)).tolist() == pytest.approx([1, 1, 1], rel=0.1)
+        assert x.diff(dim=2).square().mean() < 1, "neighbours differ as much as any two points, by 2"
+        eastwards = x.diff(dim=3).square().mean().item()
+        assert eastwards < 0.5
+        assert (x[..., 0] - x[..., -1]).square().mean().item() == pytest.approx(eastwards, rel=0.2), (
+            "not around a globe"
+        )
+        assert 0.1 < (y - x).square().mean().sqrt() < 0.5, "steps too small to learn from, or too large"
+    assert not torch.equal(train[0][0], validation[0][0])
+
+
+def test_made_up_fields_are_linear_in_the_present():
+    """What the next state is follows from this one: a linear map, found on one trajectory, holds on the other."""
+    train, validation = synthetic_pairs(channels=2, grid=(8, 16), samples=200, waves=5)
+
+    def matrices(data):
+        return (torch.stack([data[i][part].flatten() for i in range(len(data))]).double() for part in (0, 1))
+
+    x, y = matrices(train)
+    step = torch.linalg.lstsq(x, y, rcond=1e-6, driver="gelsd").solution
+    x, y = matrices(validation)
+    assert (x @ step - y).square().mean().sqrt() < 1e-3
+
+
+def test_made_up_fields_depend_on_the_seed_alone():
+    def state(seed):
+        return synthetic_pairs(seed=seed)[0][7][0]
+
+    assert torch.equal(state(1), state(1))
+    assert not torch.equal(state(1), state(2))
+
+
+def test_made_up_fields_with_history():
+    train, _ = synthetic_pairs(channels=2, grid=(4, 6), samples=9, history=3, lead=2)
+    assert len(train) == 9
+    x, y = train[0]
+    raw = [train.source.read(0, step) for step in (4, 2, 0, 6)]
+    expected = [(torch.from_numpy(state) - train.mean) / train.std for state in raw]
+    torch.testing.assert_close(x, torch.cat(expected[:3]))
+    torch.testing.assert_close(y, expected[3])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"channels": 0}, "channels: must be at least 1, got 0"),
+        ({"grid": [4, 0]}, r"grid: must be at least 1, got \[4, 0\]"),
+        ({"validation_samples": 0}, "validation_samples: must be at least 1, got 0"),
+        ({"lead": 0}, "must be at least 1, got history 1, lead 0"),
+    ],
+)
+def test_wrong_made_up_fields(settings, message):
+    with pytest.raises(ValueError, match=message):
+        synthetic_pairs(**settings)
+
+
 # Sharing samples among ranks --------------------------------------------------------------------------------
 
 
@@ -325,6 +396,30 @@ def test_every_sample_once_per_epoch_in_equal_steps(samples, batch, size):
         sizes = [len(share[step]) for share in shares]
         assert sum(sizes) == total
         assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_micro_batches_are_the_share_of_a_step(accumulate):
+    for rank in range(3):
+        whole = list(ShardedBatches(23, 8, rank=rank, size=3, seed=3))
+        cut = list(ShardedBatches(23, 8, rank=rank, size=3, seed=3, accumulate=accumulate))
+        assert len(cut) == len(ShardedBatches(23, 8, accumulate=accumulate)) == len(whole) * accumulate
+        for step, share in enumerate(whole):
+            micro_batches = cut[step * accumulate : (step + 1) * accumulate]
+            assert sorted(chain(*micro_batches)) == sorted(share)
+            sizes = [len(micro_batch) for micro_batch in micro_batches]
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_an_epoch_can_begin_at_any_step():
+    shares = ShardedBatches(23, 8, rank=1, size=2, seed=3, accumulate=2)
+    shares.set_epoch(4)
+    whole = list(shares)
+    for start in range(4):
+        shares.set_epoch(4, start)
+        assert list(shares) == whole[2 * start :]
+        assert len(shares) == len(whole) - 2 * start
+        assert shares.steps == 3
 
 
 def test_global_batches_do_not_depend_on_the_number_of_ranks():
@@ -360,6 +455,7 @@ def test_a_rank_without_samples_gets_an_empty_batch(era5):
     [
         ({"samples": 0}, "samples: nothing to draw from"),
         ({"batch": 0}, "batch: must be at least 1"),
+        ({"accumulate": 0}, "accumulate: must be at least 1"),
         ({"rank": 2}, "rank: expected 0 … 1 for size 2, got 2"),
     ],
 )

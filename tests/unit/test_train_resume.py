@@ -1,0 +1,213 @@
+"""Checkpoints: a run that was broken off anywhere and resumed is the uninterrupted one, bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+import commlayer
+from commlayer import Mesh, run_local
+from models import checkpoint
+from models.setup import find_checkpoint
+from models.train import STOPPED, main, train
+from models.trainer import Trainer
+from tests.training import MADE_UP, made_up, trainer_of
+
+# Three steps an epoch, the last one uneven; everything that draws numbers or keeps a state takes part.
+RUN = [
+    "batch=5",
+    "epochs=3",
+    "log_every=5",
+    "keep=9",
+    "model.drop_path=0.5",
+    "accumulate=2",
+    "optimizer.lr=3e-3",
+]
+
+
+def state_of(folder, step, rank):
+    return torch.load(folder / f"checkpoints/step-{step:08}/rank-{rank:05}.pt")
+
+
+def same(a, b):
+    """Of any tree of tensors and numbers, without what depends on the clock, or on other threads."""
+    if isinstance(a, dict):
+        keys = a.keys() - {"samples_per_second", "default"}
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in keys)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def run(config):
+    """As the command does, on a rank of run_local."""
+    trainer = trainer_of(config)
+    if (path := find_checkpoint(config, trainer.mesh)) is not None:
+        trainer.resume(path)
+    return train(trainer)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        # Dropout inside of attention needs a rank to itself: threads share torch's default generator.
+        ("dp=1", ["model.dropout=0.1"]),
+        ("dp=1", ["model.dropout=0.1", "amp=fp16", "recompute=true"]),
+        ("dp=2", ["amp=bf16"]),
+        ("dp=2 tp=2", ["amp=fp16", "sequence_parallel=true"]),
+        ("cp=2 tp=2", ["recompute=true"]),
+    ],
+)
+def test_resumed_is_uninterrupted(tmp_path, mesh, options):
+    ranks = Mesh(mesh).world_size
+    overrides = [*RUN, f"mesh={mesh}", *options, "save_every=4"]
+    whole = run_local(lambda: run(made_up(tmp_path / "whole", *overrides)), ranks=ranks)
+    # Step 4 is in the middle of the second epoch, and 8 in that of the third.
+    for step in (4, 8):
+        resumed = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / f"whole/checkpoints/step-{step:08}", resumed / f"checkpoints/step-{step:08}")
+        again = run_local(lambda to=resumed: run(made_up(to, *overrides, "resume=auto")), ranks=ranks)
+        for key in ("history", "curve", "rmse", "validation_loss"):
+            assert same([metrics[key] for metrics in again], [metrics[key] for metrics in whole]), key
+        for rank in range(ranks):
+            assert same(state_of(tmp_path / "whole", 9, rank), state_of(resumed, 9, rank)), f"rank {rank}"
+
+
+def test_the_scale_of_the_loss_goes_on(tmp_path):
+    overrides = [*RUN, "amp=fp16"]
+
+    def rank():
+        trainer = trainer_of(made_up(tmp_path, *overrides))
+        trainer.scaler.scale(torch.zeros(()))  # makes the scale
+        trainer.scaler.update(512.0)
+        trainer.save()
+        again = trainer_of(made_up(tmp_path, *overrides))
+        again.resume(checkpoint.newest(tmp_path / "checkpoints"))
+        return again.scaler.get_scale()
+
+    assert run_local(rank, ranks=2) == [512.0] * 2
+
+
+def test_sigterm_saves_and_the_next_try_goes_on(tmp_path, monkeypatch, capsys):
+    """The command, and a signal in step 4; it is looked for whenever something is logged, as after step 5."""
+    options = ["--config", "vit_synthetic", *MADE_UP, *RUN, "model.dropout=0.1", "data.workers=1"]
+    assert main([*options, "--output", str(tmp_path / "whole")]) == 0
+    step, before = Trainer.train_step, signal.getsignal(signal.SIGTERM)
+
+    def interrupted(self, *arguments):
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    options += ["--output", str(tmp_path / "broken"), "--resume"]
+    assert main(options) == STOPPED
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "SIGTERM: saved step 5 of 9" in capsys.readouterr().out
+    assert not (tmp_path / "broken/metrics.json").exists()
+    monkeypatch.setattr(Trainer, "train_step", step)
+    assert main(options) == 0
+    assert "from step 5" in capsys.readouterr().out
+    whole, resumed = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "broken"))
+    assert whole["history"] == resumed["history"]
+    assert same(whole["curve"], resumed["curve"])
+    models = [torch.load(tmp_path / name / "model.pt") for name in ("whole", "broken")]
+    assert same(*models)
+
+
+def test_a_finished_run_resumed_only_writes_its_results_again(tmp_path):
+    overrides = [*RUN, "save_every=9"]
+    (first,) = run_local(lambda: run(made_up(tmp_path, *overrides)), ranks=1)
+    (again,) = run_local(lambda: run(made_up(tmp_path, *overrides, "resume=auto")), ranks=1)
+    for key in ("history", "curve", "rmse", "validation_loss", "samples_per_second"):
+        assert first[key] == again[key]
+
+
+def test_a_crash_while_writing_leaves_the_previous_one(tmp_path, monkeypatch):
+    overrides = [*RUN, "save_every=2"]
+    real = torch.save
+
+    def full_disk(state, file):
+        real(state, file)
+        if state["own"]["step"] == 4 and commlayer.world().rank == 1:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run_local(lambda: run(made_up(tmp_path, *overrides)), ranks=2)
+    assert checkpoint.newest(tmp_path / "checkpoints").name == "step-00000002"
+    monkeypatch.setattr(torch, "save", real)
+    metrics = run_local(lambda: run(made_up(tmp_path, *overrides, "resume=auto")), ranks=2)
+    assert metrics[0]["history"][-1]["step"] == 9
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == [f"step-{step:08}" for step in (2, 4, 6, 8, 9)]
+
+
+def test_the_newest_stay(tmp_path):
+    overrides = [*RUN, "save_every=2", "keep=2"]
+    run_local(lambda: run(made_up(tmp_path, *overrides)), ranks=1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000008", "step-00000009"]
+
+
+def test_what_ranks_have_alike_is_saved_once(tmp_path):
+    run_local(lambda: trainer_of(made_up(tmp_path, *RUN)).save(), ranks=2)
+    assert state_of(tmp_path, 0, 0)["shared"]["vit"]
+    assert state_of(tmp_path, 0, 1)["shared"] is None
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of one rank; what the command says to whoever wants to go on from it."""
+    run_local(lambda: trainer_of(made_up(tmp_path / "a", *RUN)).save(), ranks=1)
+    return tmp_path / "a"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.lr=1e-4"], "step-00000000 belongs to another run: optimizer.lr is 0.0001 here and 0.003 there"),
+        (["batch=6"], "belongs to another run: batch is 6 here and 5 there"),
+        (["data.samples=15"], "belongs to another run: data.samples is 15 here and 14 there"),
+        (["resume=''"], "is there from an earlier run; go on from it with --resume, choose another output"),
+        (["resume=nowhere"], "resume: no checkpoint in nowhere"),
+    ],
+)
+def test_another_run_is_not_gone_on_from(saved, overrides, message):
+    config = made_up(saved, *RUN, "resume=auto", *overrides)
+    with pytest.raises(ValueError, match=message):
+        run_local(lambda: find_checkpoint(config, Mesh("dp=1 cp=1 tp=1")), ranks=1)
+
+
+def test_another_mesh_is_not_gone_on_from(saved):
+    config = made_up(saved, *RUN, "resume=auto")
+    mesh = Mesh("dp=2 cp=1 tp=1", order="cp-tp-dp")
+    message = r"mesh is Mesh\('dp=2 cp=1 tp=1', order='cp-tp-dp'\) here and Mesh\('dp=1 cp=1 tp=1', order='tp-cp-dp'\)"
+    with pytest.raises(ValueError, match=message):
+        find_checkpoint(config, mesh)
+
+
+def test_what_may_differ(saved, tmp_path):
+    free = ["log_every=1", "save_every=3", "validate_every=2", "keep=1", "data.workers=1", "name=other"]
+    given = [f"resume={saved}", f"resume={saved}/checkpoints/step-00000000"]
+    for resume in given:
+        config = made_up(tmp_path / "b", *RUN, *free, resume)
+        assert find_checkpoint(config, Mesh("dp=1 cp=1 tp=1")).name == "step-00000000"
+    assert find_checkpoint(made_up(tmp_path / "b", "resume=auto"), Mesh("dp=1 cp=1 tp=1")) is None
+
+
+def test_damaged_checkpoints(saved):
+    folder = saved / "checkpoints/step-00000000"
+    config = made_up(saved, *RUN, "resume=auto")
+
+    def resume():
+        trainer_of(config).resume(folder)
+
+    (folder / "rank-00000.pt").write_bytes((folder / "rank-00000.pt").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"rank-00000\.pt: cannot be read"):
+        run_local(resume, ranks=1)
+    (folder / "about.json").write_text("{")
+    with pytest.raises(ValueError, match="step-00000000: not a checkpoint of a run"):
+        find_checkpoint(config, Mesh("dp=1 cp=1 tp=1"))
