@@ -47,7 +47,7 @@ def plot(path: Path, curves: dict[str, np.ndarray]) -> None:
         style = {"color": "black", "linewidth": 4, "alpha": 0.3} if i == 0 else {"linewidth": 1, "dashes": (4, i)}
         left.plot(steps, curve, label=name, **style)
         if i:
-            right.semilogy(steps, np.abs(curve / serial - 1) + 1e-9, label=name, linewidth=1)
+            right.plot(steps, np.abs(curve / serial - 1), ".", label=name, markersize=4)
     left.set(xlabel="step", ylabel="training loss", title="All on one line", yscale="log")
     right.set(xlabel="step", ylabel="relative difference from 1 process", title="Rounding in float32")
     for axes in (left, right):
