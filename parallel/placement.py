@@ -75,9 +75,11 @@ def mark_replicated(what: Marked, axes: Sequence[str], *, recurse: bool = True) 
     """Say that a parameter, or every one of a module, is whole on each rank along ``axes`` but sees only a part there.
 
     Its gradient then is a partial sum on each rank; ``DataParallel(model, mesh=mesh)`` adds it up over these axes,
-    once, in the same reduction as over the data axis; without it nobody does. Marks add up. Of a module they last when its parameters are
-    replaced, as where it leaves the meta device. ``recurse=False``: not those of its submodules. Raises ValueError for
-    a parameter that is sharded over one of the axes.
+    once, in the same reduction as over the data axis. Without a DataParallel nobody does.
+
+    Marks add up. Of a module they last when its parameters are replaced, as where it leaves the meta device.
+    ``recurse=False``: not those of its submodules. Raises ValueError for a parameter that is sharded over one of the
+    axes.
 
     >>> mark_replicated(model.norm, axes=("cp",))
     """
