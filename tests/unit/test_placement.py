@@ -205,6 +205,16 @@ def test_a_group_is_not_pickled():
         pickle.dumps(Group.alone())
 
 
+def test_a_handle_finds_its_group_as_long_as_it_exists():
+    group = Group.alone()
+    handle = group.handle
+    assert Group.of(handle) is group is copy.deepcopy(group)
+    del group
+    gc.collect()
+    with pytest.raises(CommError, match=f"handle: {handle} is of no group that still exists"):
+        Group.of(handle)
+
+
 def test_buffers_are_those_of_the_data_axis():
     def rank():
         mesh = Mesh("dp=2 tp=2")
