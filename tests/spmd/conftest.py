@@ -4,6 +4,8 @@
 """
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +46,16 @@ def control(everyone):
     if hasattr(group._comm, "_timedelta"):
         group._comm._timedelta *= 4
     return group
+
+
+@pytest.fixture
+def shared_folder(everyone):
+    """One temporary folder for all ranks; pytest's own, made by many at once, would race when old ones are removed."""
+    own = tempfile.TemporaryDirectory() if everyone.rank == 0 else None
+    yield Path(commlayer.broadcast_object(own.name if own else None, group=everyone))
+    commlayer.barrier(group=everyone)
+    if own:
+        own.cleanup()
 
 
 @pytest.fixture

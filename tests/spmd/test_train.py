@@ -2,12 +2,10 @@
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 
-import commlayer
 from models import arguments
 from models.train import set_up, train
 from models.trainer import Trainer
@@ -16,14 +14,13 @@ from tests.training import MADE_UP
 pytest.importorskip("yaml")
 
 
-def test_resumed_after_sigterm_on_one_rank(everyone, tmp_path, monkeypatch):
-    folder = Path(commlayer.broadcast_object(str(tmp_path), group=everyone))
+def test_resumed_after_sigterm_on_one_rank(everyone, shared_folder, monkeypatch):
     tp = 2 if everyone.size % 2 == 0 else 1
     options = ["--config", "vit_synthetic", "--mesh", f"dp=-1 tp={tp}", *MADE_UP, "batch=9", "epochs=2", "log_every=1"]
     options += ["model.dropout=0.1", "model.drop_path=0.2"]
 
     def run(name, *more):
-        trainer = set_up(arguments.parse([*options, "--output", str(folder / name), *more]), everyone)
+        trainer = set_up(arguments.parse([*options, "--output", str(shared_folder / name), *more]), everyone)
         return train(trainer), [p.detach().clone() for p in trainer.vit.parameters()]
 
     whole, expected = run("whole")
@@ -37,7 +34,7 @@ def test_resumed_after_sigterm_on_one_rank(everyone, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", interrupted)
         assert run("broken")[0] is None
-    assert os.listdir(folder / "broken/checkpoints") == ["step-00000002"]
+    assert os.listdir(shared_folder / "broken/checkpoints") == ["step-00000002"]
     resumed, parameters = run("broken", "--resume")
     assert [e["loss"] for e in resumed["curve"]] == [e["loss"] for e in whole["curve"]]
     assert resumed["history"] == whole["history"]
