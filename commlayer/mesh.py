@@ -117,6 +117,7 @@ class Mesh:
     def __getitem__(self, axis: str) -> Group:
         """This process' group along ``axis``. Collective over the mesh when it has to be made."""
         names = self._split(axis)
+        names = tuple(name for name in names if self.sizes[name] > 1) or names[:1]  # the others change nothing
         group = self._bound()
         made = self._groups.setdefault(group, {})
         # Making a group is collective over its members. The single axes are therefore made all at once, in an

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -112,11 +112,10 @@ class Bucket:
 
 
 def make_buckets(
-    named: Sequence[tuple[str, nn.Parameter]], limit: int, reduction: Callable[[str], Reduction]
+    named: Sequence[tuple[str, nn.Parameter]], limit: int, reductions: Mapping[str, Reduction]
 ) -> list[Bucket]:
-    """Buckets of at most ``limit`` bytes, in reverse order; ``reduction`` of a parameter's name."""
+    """Buckets of at most ``limit`` bytes, in reverse order; ``reductions`` by the names of parameters."""
     names = {p: n for n, p in named}
-    reductions = {n: reduction(n) for n, _ in named}
     packs = packs_of([p for _, p in reversed(named)], limit, lambda p: reductions[names[p]])
     return [Bucket([(names[p], p) for p in pack], reductions[names[pack[0]]]) for pack in packs]
 

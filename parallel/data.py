@@ -20,6 +20,9 @@ DistributedDataParallel with ``find_unused_parameters=True``, but without a seco
 On a mesh, a parameter that :func:`parallel.mark_replicated` marked as replicated over further axes (a norm under
 context parallelism) has its gradients added up over those in the very same all-reduce, over the group of the data
 axis and these axes together: so exactly once, and also where the data axis has one rank.
+
+Experts live on a folded mesh. Each has seen the tokens of all ranks that share it, so their gradients are added up over
+``edp``, the ranks that hold the same, and then divided by the size of dp, as all others are.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ class DataParallel(nn.Module):
         module: on the device it will train on; every rank passes the same architecture.
         group: the data-parallel ranks; by default the world.
         mesh: instead of a group, for models that are also parallel along other axes.
+        experts: the folded mesh that the model's experts are on, ``mesh.fold("ep=4")``.
         bucket_mb: size of a bucket in MiB; the result does not depend on it, the overlap does.
         sync_buffers: before each training forward, broadcast rank 0's buffers (statistics of batch norm), over the data
             axis alone.
@@ -77,6 +81,7 @@ class DataParallel(nn.Module):
         group: Group | None = None,
         *,
         mesh: Mesh | None = None,
+        experts: Mesh | None = None,
         bucket_mb: float = 25.0,
         sync_buffers: bool = True,
     ) -> None:
@@ -87,7 +92,9 @@ class DataParallel(nn.Module):
         self.module = module
         if mesh is not None and group is not None:
             raise ValueError("group: give a group or a mesh, not both")
-        self.mesh = mesh
+        if experts is not None and mesh is None:
+            raise ValueError("mesh: needed beside experts, which is folded from it")
+        self.mesh, self.experts = mesh, experts
         if mesh is not None:
             self.group = mesh["dp"] if "dp" in mesh.axes else Group.alone()
         else:
@@ -95,16 +102,18 @@ class DataParallel(nn.Module):
         self.sync_buffers = sync_buffers
         self._bytes = int(bucket_mb * 2**20)
         recall_marks(module)
-        _check_marks(module, mesh)
+        _check_marks(module, mesh, experts)
         state = [*module.named_parameters(), *module.named_buffers()]
         self._check_alike(state)
         self._broadcast(state)
 
         self._frozen = [p for p in module.parameters() if not p.requires_grad]
         # named_parameters yields tied parameters once.
-        reduced = {n: p for n, p in module.named_parameters() if p.requires_grad and self._reduction(p).group.size > 1}
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        reductions = {name: found for name, p in trained.items() if (found := self._reduction(p)) is not None}
+        reduced = {name: trained[name] for name in reductions}
         self._replace_older(reduced)
-        self._buckets = make_buckets([*reduced.items()], self._bytes, lambda name: self._reduction(reduced[name]))
+        self._buckets = make_buckets([*reduced.items()], self._bytes, reductions)
         self._sync = True
         self._open = False  # between the first gradient of a synchronised backward and its end
         self._task: int | None = None  # the engine's id of the backward that will call _finish
@@ -211,15 +220,21 @@ class DataParallel(nn.Module):
                 "would leave its gradient unreduced; wrap the module again"
             )
 
-    def _reduction(self, param: nn.Parameter) -> Reduction:
-        """The mean over the data axis, the sum over the axes where gradients are partial."""
+    def _reduction(self, param: nn.Parameter) -> Reduction | None:
+        """The mean over the data axis, the sum over the axes where gradients are partial; None: they are whole."""
         partial = placement(param).partial
-        if not partial:
+        if self.experts is not None and is_expert(param, self.experts):
+            group = self.experts["edp"]
+        elif partial:
+            assert self.mesh is not None
+            group = self.mesh["-".join([*(["dp"] if "dp" in self.mesh.axes else []), *partial])]
+        else:
+            group = self.group
+        if group.size == self.group.size == 1:
+            return None
+        if group.ranks == self.group.ranks:
             return Reduction(self.group, AVG)
-        assert self.mesh is not None
-        group = self.mesh["-".join([*(["dp"] if "dp" in self.mesh.axes else []), *partial])]
-        if group.size == self.group.size:
-            return Reduction(self.group, AVG)
+        # Also over a single rank, whose expert has seen the tokens of all the others.
         return Reduction(group, SUM if self.group.size == 1 else premul_sum(1 / self.group.size))
 
     def _copies(self, named: Iterable[tuple[str, Tensor]]) -> dict[Group, dict[str, Tensor]]:
@@ -230,7 +245,9 @@ class DataParallel(nn.Module):
         found: dict[Group, dict[str, Tensor]] = {}
         for name, t in named:
             group = self.group
-            if self.mesh is not None and isinstance(t, nn.Parameter):
+            if self.experts is not None and is_expert(t, self.experts):
+                group = self.experts["edp"]
+            elif self.mesh is not None and isinstance(t, nn.Parameter):
                 cut = {"pp", *(shard.axis for shard in placement(t).shards if shard.group.size > 1)}
                 axes = [axis for axis in self.mesh.axes if axis not in cut]
                 group = self.mesh["-".join(axes)] if axes else Group.alone()
@@ -284,7 +301,12 @@ def _check_module(module: nn.Module) -> None:
             )
 
 
-def _check_marks(module: nn.Module, mesh: Mesh | None) -> None:
+def is_expert(param: Tensor, experts: Mesh) -> bool:
+    """Whether it is placed on the folded mesh, rather than on the one that this is folded from."""
+    return any(shard.axis in experts.axes for shard in placement(param).shards)
+
+
+def _check_marks(module: nn.Module, mesh: Mesh | None, experts: Mesh | None) -> None:
     for name, param in module.named_parameters():
         marks = placement(param)
         if "dp" in marks.partial:
@@ -292,8 +314,14 @@ def _check_marks(module: nn.Module, mesh: Mesh | None) -> None:
         if marks.partial and mesh is None:
             raise ValueError(f"mesh: needed, since {name} is replicated over {', '.join(marks.partial)}")
         axes = [*marks.partial, *(shard.axis for shard in marks.shards if shard.group.size > 1)]
-        if mesh is not None and (lacking := [axis for axis in axes if axis not in mesh.axes]):
-            raise ValueError(f"mesh: {name} is cut or replicated over {lacking[0]}, but the axes are {mesh.axes}")
+        if experts is not None and is_expert(param, experts):
+            if wrong := [axis for axis in axes if axis not in experts.axes or axis in marks.partial]:
+                raise ValueError(f"experts: {name} is on {experts}, so it cannot be cut or replicated over {wrong[0]}")
+        elif mesh is not None and (lacking := [axis for axis in axes if axis not in mesh.axes]):
+            hint = "; give the folded mesh as experts=" if lacking[0] in ("ep", "etp") else ""
+            raise ValueError(f"mesh: {name} is cut or replicated over {lacking[0]}, but the axes are {mesh.axes}{hint}")
+        elif mesh is None and any(shard.axis in ("ep", "etp") and shard.group.size > 1 for shard in marks.shards):
+            raise ValueError(f"experts: needed, with mesh=, since {name} is cut over ranks of experts")
 
 
 def _insert_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

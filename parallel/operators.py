@@ -16,6 +16,7 @@ from torch import Tensor
 
 import commlayer
 from commlayer import Group
+from parallel.notes import kept
 
 MADE: list[Any] = []  # all operators of the parallel modules, as they stand in graphs
 
@@ -35,20 +36,23 @@ def operator(name: str, fake: Callable[..., Any], real: Callable[..., Any]) -> C
 
 def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
     """``x`` reduced over the group by ``op``, one of sum, avg, max, min."""
-    run = _all_reduce if torch.compiler.is_compiling() else _all_reduce_real
-    return run(x, op, group.handle)
+    if torch.compiler.is_compiling():
+        return _all_reduce(x, op, group.handle)
+    return kept(lambda: _all_reduce_real(x, op, group.handle))
 
 
 def all_gather(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
     """Every rank's part, of extents ``sizes``, concatenated along ``dim``."""
-    run = _all_gather if torch.compiler.is_compiling() else _all_gather_real
-    return run(x, dim, sizes, group.handle)
+    if torch.compiler.is_compiling():
+        return _all_gather(x, dim, sizes, group.handle)
+    return kept(lambda: _all_gather_real(x, dim, sizes, group.handle))
 
 
 def reduce_scatter(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
     """This rank's part, of extents ``sizes`` along ``dim``, of the sum over the group."""
-    run = _reduce_scatter if torch.compiler.is_compiling() else _reduce_scatter_real
-    return run(x, dim, sizes, group.handle)
+    if torch.compiler.is_compiling():
+        return _reduce_scatter(x, dim, sizes, group.handle)
+    return kept(lambda: _reduce_scatter_real(x, dim, sizes, group.handle))
 
 
 def all_to_all(
@@ -56,8 +60,9 @@ def all_to_all(
 ) -> Tensor:
     """Cut ``scatter_dim`` into the extents ``scatter``, one for each rank, and put what arrives together along
     ``gather_dim``, of which rank r holds ``gather[r]``."""
-    run = _all_to_all if torch.compiler.is_compiling() else _all_to_all_real
-    return run(x, scatter_dim, gather_dim, scatter, gather, group.handle)
+    if torch.compiler.is_compiling():
+        return _all_to_all(x, scatter_dim, gather_dim, scatter, gather, group.handle)
+    return kept(lambda: _all_to_all_real(x, scatter_dim, gather_dim, scatter, gather, group.handle))
 
 
 def _all_reduce_real(x: Tensor, op: str, group: int) -> Tensor:

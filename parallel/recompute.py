@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,28 +12,69 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from parallel import operators
+from parallel.notes import Notes
 from parallel.rng import Replay, Streams
 
+KEEP = ("nothing", "products")
 
-def checkpoint(function: Callable[..., Any], *args: Any, streams: Streams | None = None, **kwargs: Any) -> Any:
+# Matrix products and attention, as far as torch does them; ours are kept by parallel.notes.
+PRODUCTS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+def checkpoint(
+    function: Callable[..., Any],
+    *args: Any,
+    streams: Streams | None = None,
+    keep: str = "nothing",
+    **kwargs: Any,
+) -> Any:
     """``function(*args, **kwargs)``, whose activations are computed again in backward instead of being kept.
 
     Activation checkpointing (Chen et al. 2016, arXiv:1604.06174) by torch's, without re-entrance. The recomputation
-    communicates again, and draws the same numbers, from torch's default generators and from ``streams``, which stand
-    where they stood after it.
+    draws the same numbers, from torch's default generators and from ``streams``, which stand where they stood after
+    it, and sends tokens to the same experts. With ``keep="nothing"`` it communicates again; ``"products"`` keeps the
+    results of matrix products, attention and communication, so that only what is cheap is done again (selective
+    recomputation: Korthikanti et al. 2022, arXiv:2205.05198).
 
     Around compiled modules, and inside of ``torch.compile``. There masks and what was communicated is kept: a graph
     cannot draw again what its forward has drawn, and collectives stay in the order that they have on all ranks.
     """
+    if keep not in KEEP:
+        raise ValueError(f"keep: expected one of {', '.join(KEEP)}, got {keep!r}")
     if torch.compiler.is_compiling():
-        kept = [torch.ops.commlayer.keep_mask.default, *operators.MADE]
-        contexts = partial(create_selective_checkpoint_contexts, kept)
-    elif streams is not None:
-        contexts = partial(_contexts, streams)
+        ops = [torch.ops.commlayer.keep_mask.default, *operators.MADE, *(PRODUCTS if keep == "products" else ())]
+        contexts = partial(create_selective_checkpoint_contexts, ops)
     else:
-        return torch_checkpoint(function, *args, use_reentrant=False, **kwargs)
+        contexts = partial(_contexts, streams, keep == "products")
     return torch_checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
-def _contexts(streams: Streams) -> tuple[Any, Any]:
-    return nullcontext(), Replay(streams)
+def _contexts(streams: Streams | None, products: bool) -> tuple[Any, Any]:
+    """What to enter in the forward, and in every recomputation."""
+    notes = Notes(products)
+    torch_forward, torch_again = create_selective_checkpoint_contexts(PRODUCTS) if products else (nullcontext(),) * 2
+    again = nullcontext() if streams is None else Replay(streams)
+    return _Together(notes.writing, torch_forward), _Together(notes.reading, torch_again, again)
+
+
+class _Together:
+    """Several contexts as one, which can be entered again where they can."""
+
+    def __init__(self, *contexts: AbstractContextManager[Any]) -> None:
+        self.contexts = contexts
+
+    def __enter__(self) -> None:
+        self.stack = ExitStack()
+        for context in self.contexts:
+            self.stack.enter_context(context)
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)

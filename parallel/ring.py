@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from commlayer import Group, Work, sendrecv
 from parallel.blocks import additive, block_backward, block_forward, merge_, unseen_to_inf, wide
+from parallel.notes import kept
 from parallel.operators import operator
 from parallel.shards import SequenceShards
 
@@ -94,7 +95,7 @@ class _RingAttention(Function):
             out_BTND, lse = _forward_operator(q, k, v, mask, *_as_numbers(ring))
             out = out_BTND.transpose(1, 2)
         else:
-            out, lse = _forward(q, k, v, mask, ring)
+            out, lse = kept(lambda: _forward(q, k, v, mask, ring))
         ctx.save_for_backward(q, k, v, mask, out, lse)
         ctx.ring = ring
         return out

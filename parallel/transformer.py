@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from commlayer import Group, balanced_sizes
 from parallel.attention import SequenceShards, check_method, context_attention
 from parallel.rng import Dropout, Stream, Streams
+from parallel.rotary import rotate
 from parallel.tensor import ColumnParallelLinear, RowParallelLinear
 
 
@@ -135,14 +136,18 @@ class ParallelAttention(nn.Module):
         mask: Tensor | None = None,
         shards: SequenceShards | None = None,
         sizes: Sequence[int] | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """``mask`` (for this rank's heads, if it differs between them) and ``shards`` are as in ``context_attention``.
 
+        ``rotary``: positions of this context rank's tokens, from ``rotary_tables``.
         ``sizes``: under sequence parallelism the tokens of each tensor-parallel rank, by default equally many.
         """
         rows_BTMRD = self.qkv(x_BTE, sizes).unflatten(-1, (self.kv_heads, self.queries + 2, self.head_dim))
         q_BTMGD, k_BTM1D, v_BTM1D = rows_BTMRD.split([self.queries, 1, 1], 3)
         q_BNTD, k_BMTD, v_BMTD = (part.flatten(2, 3).transpose(1, 2) for part in (q_BTMGD, k_BTM1D, v_BTM1D))
+        if rotary is not None:
+            q_BNTD, k_BMTD = rotate(q_BNTD, *rotary), rotate(k_BMTD, *rotary)
         dropout = self.dropout if self.training else 0.0
         with self.stream.fork() if dropout and self.stream else nullcontext():
             y_BNTD = context_attention(

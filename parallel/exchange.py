@@ -1,0 +1,73 @@
+"""all_to_all of rows that is under way while something else is computed, in backward too.
+
+``wait(start(x))`` is commlayer.all_to_all of x. What a model computes between the two runs beside the exchange, as far
+as the backend moves data on its own; and its gradient runs beside the exchange of gradients, since autograd goes back
+through the later call first, there to start, and through the earlier one last, there to wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+import commlayer
+from commlayer import Group, Work
+from parallel.notes import kept
+
+
+class Exchange:
+    """One exchange: ``outgoing`` rows to each rank of ``group``, ``incoming`` rows from each. Nothing on one rank."""
+
+    def __init__(self, outgoing: Sequence[int], incoming: Sequence[int], group: Group) -> None:
+        self.outgoing, self.incoming, self.group = outgoing, incoming, group
+        self.work = Work()
+
+    def start(self, x: Tensor) -> Tensor:
+        """Rows that are only there after :meth:`wait`, which takes them."""
+        return x if self.group.size == 1 else _Start.apply(x, self)
+
+    def wait(self, arriving: Tensor) -> Tensor:
+        return arriving if self.group.size == 1 else _Wait.apply(arriving, self)
+
+    def launch(self, x: Tensor, outgoing: Sequence[int], incoming: Sequence[int]) -> Tensor:
+        out = x.new_empty(sum(incoming), *x.shape[1:])
+        self.work = commlayer.all_to_all(
+            x, input_splits=outgoing, output_splits=incoming, group=self.group, out=out, async_op=True
+        )
+        return out
+
+    def finish(self) -> Tensor:
+        result: Tensor = self.work.wait()
+        self.work = Work()
+        return result
+
+
+class _Start(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return kept(lambda: exchange.launch(x, exchange.outgoing, exchange.incoming))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return ctx.exchange.finish(), None
+
+
+class _Wait(Function):
+    @staticmethod
+    def forward(ctx: Any, arriving: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.finish()
+        return arriving.view_as(arriving)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        exchange = ctx.exchange
+        exchange.launch(grad, exchange.incoming, exchange.outgoing)
+        return grad.new_zeros(()).expand_as(grad), None  # what arrives, and its shape, is the affair of _Start

@@ -1,0 +1,174 @@
+"""The experts of one rank: as many MLPs, each for rows of its own.
+
+Legend of shape suffixes:
+    N rows, expert after expert, X experts of this rank, E embed, H hidden channels of this rank, F features of a
+    product, I and O any features
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from commlayer import Group, Mesh, balanced_sizes
+from parallel.amp import as_autocast
+from parallel.notes import kept
+from parallel.placement import initialise, mark_sharded, placement
+
+
+class Experts(nn.Module):
+    """MLPs without biases, this rank's part of them: ``experts`` are cut over ``ep``, the hidden channels over ``etp``.
+
+    ``mesh`` is the folded one, by default one process. As in ``ParallelMLP``, the rows of ``up`` are pairs of gate and
+    value where ``gated``.
+    """
+
+    def __init__(
+        self,
+        embed: int,
+        hidden: int,
+        experts: int,
+        *,
+        mesh: Mesh | None = None,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+        gated: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation, self.gated = activation, gated
+        self.ep, self.etp = (Group.alone() if mesh is None else mesh[axis] for axis in ("ep", "etp"))
+        self.experts, channels = balanced_sizes(experts, self.ep.size), balanced_sizes(hidden, self.etp.size)
+        rows = [(1 + gated) * size for size in channels]
+        # Of each parameter: the dim that is cut over etp, and its extents.
+        self.cuts = {"up": (1, rows), "down": (2, channels)}
+        mine, place = self.experts[self.ep.rank], self.etp.rank
+        self.up = nn.Parameter(torch.empty(mine, rows[place], embed, device=device, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(mine, embed, channels[place], device=device, dtype=dtype))
+        self._mark()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each expert as nn.Linear would draw it."""
+        for param in (self.up, self.down):
+            initialise(param, _fill)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        super()._apply(fn, recurse)
+        self._mark()  # new parameters, where the module moved off the meta device
+        return self
+
+    def _mark(self) -> None:
+        for name, (dim, sizes) in self.cuts.items():
+            param = getattr(self, name)
+            if not placement(param).shards:
+                # Also over one rank: it tells experts from parameters whose gradients are reduced over dp.
+                mark_sharded(param, 0, axis="ep", group=self.ep, sizes=self.experts)
+                mark_sharded(param, dim, axis="etp", group=self.etp, sizes=sizes)
+
+    def forward(self, x_NE: Tensor, rows: Sequence[int]) -> Tensor:
+        """``rows``: how many each expert of this rank has. Returns N × E, over several ranks of etp partial sums."""
+        hidden_NF = grouped_linear(x_NE, self.up, rows)
+        if self.gated:
+            gate_NH, value_NH = hidden_NF.unflatten(-1, (self.down.shape[2], 2)).unbind(-1)
+            hidden_NF = self.activation(gate_NH) * value_NH
+        else:
+            hidden_NF = self.activation(hidden_NF)
+        return grouped_linear(hidden_NF, self.down, rows)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{sum(self.experts)}, ep: {self.experts[self.ep.rank]} on rank {self.ep.rank}, etp: {self.down.shape[2]} "
+            f"of {sum(self.cuts['down'][1])} channels on rank {self.etp.rank}"
+        )
+
+
+def _fill(weight_XFE: Tensor) -> None:
+    bound = 1 / math.sqrt(max(weight_XFE.shape[2], 1))
+    nn.init.uniform_(weight_XFE, -bound, bound)
+
+
+def grouped_linear(x_NE: Tensor, weight_XFE: Tensor, rows: Sequence[int]) -> Tensor:
+    """x Wᵀ with the weight of each expert for its ``rows``, which follow each other: N × F.
+
+    By torch's grouped product, where it takes such tensors, else one product after the other. Every weight gets a
+    gradient, zeros where there are no rows.
+    """
+    if len(rows) != len(weight_XFE) or sum(rows) != len(x_NE):
+        raise ValueError(
+            f"rows: {list(rows)} for {len(weight_XFE)} experts; they must add up to the {len(x_NE)} rows of x"
+        )
+    x_NE, weight_XFE = as_autocast(x_NE, weight_XFE)
+    result: Tensor = _GroupedLinear.apply(x_NE, weight_XFE, tuple(rows))
+    return result
+
+
+class _GroupedLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x_NE: Tensor, weight_XFE: Tensor, rows: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x_NE, weight_XFE)
+        ctx.rows = rows
+        return kept(lambda: _products(x_NE, weight_XFE.transpose(1, 2), rows))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Any, ...]:
+        x_NE, weight_XFE = ctx.saved_tensors
+        grad_NF = grad_NF.contiguous()
+        x_wanted, weight_wanted, _ = ctx.needs_input_grad
+        grad_x = _products(grad_NF, weight_XFE, ctx.rows) if x_wanted else None
+        grad_weight = _outer_products(grad_NF, x_NE, ctx.rows) if weight_wanted else None
+        return grad_x, grad_weight, None
+
+
+def _products(x_NI: Tensor, weight_XIO: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """Each expert's rows times its matrix: N × O."""
+    if _grouped(x_NI, *weight_XIO.shape[1:]):
+        return torch._grouped_mm(x_NI, weight_XIO, offs=_ends(rows, x_NI))
+    out_NO = x_NI.new_empty(len(x_NI), weight_XIO.shape[2])
+    for x, weight, out in zip(x_NI.split(rows), weight_XIO.unbind(), out_NO.split(rows), strict=True):
+        torch.mm(x, weight, out=out)
+    return out_NO
+
+
+def _outer_products(x_NI: Tensor, y_NO: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """xᵀ y of each expert's rows: X × I × O."""
+    if _grouped(x_NI, x_NI.shape[1], y_NO.shape[1]):
+        return torch._grouped_mm(x_NI.t(), y_NO, offs=_ends(rows, x_NI))
+    out_XIO = x_NI.new_empty(len(rows), x_NI.shape[1], y_NO.shape[1])
+    for x, y, out in zip(x_NI.split(rows), y_NO.split(rows), out_XIO.unbind(), strict=True):
+        torch.mm(x.t(), y, out=out)
+    return out_XIO
+
+
+def _ends(rows: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.tensor([*accumulate(rows)], dtype=torch.int32, device=like.device)
+
+
+def _grouped(x: Tensor, *extents: int) -> bool:
+    """Whether torch multiplies this in one call: it wants strides of 16 bytes, and knows some dtypes and devices."""
+    fits = all(extent * x.itemsize % 16 == 0 for extent in extents)
+    return fits and len(x) > 0 and _has_grouped_mm(x.device, x.dtype)
+
+
+@cache
+def _has_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
+    if not hasattr(torch, "_grouped_mm"):
+        return False
+    x, weight = torch.ones(16, 16, device=device, dtype=dtype), torch.ones(1, 16, 16, device=device, dtype=dtype)
+    ends = torch.tensor([16], dtype=torch.int32, device=device)
+    try:
+        torch._grouped_mm(x, weight, offs=ends)
+        torch._grouped_mm(x.t(), x, offs=ends)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
