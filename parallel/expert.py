@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,7 +41,7 @@ class MoE(nn.Module):
 
     Every rank brings tokens of its own, be they of other samples or other parts of a sequence. On ranks of a
     tensor-parallel group that hold the same tokens each routes a part of them. Outputs, losses and dropped tokens are
-    those of one process with the tokens of all ranks, in the order of ranks.
+    those of one process with the tokens of all ranks, in the order of ranks. Compiled models run it eagerly.
 
     Args:
         routing: how tokens choose; its ``capacity_factor`` and losses are meant for all ranks' tokens together.
@@ -83,6 +84,7 @@ class MoE(nn.Module):
         if self.group.size > 1:  # each rank's router sees a part of the tokens
             mark_replicated(self.router, (axis,))
 
+    @torch._disable_dynamo  # how many rows go where depends on the data: compiled models break here
     def forward(self, x: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, Load]:
         """``sizes``: under sequence parallelism the tokens of each rank of ``group``, for the shared experts."""
         tokens_TE = x.flatten(0, -2)
