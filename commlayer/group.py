@@ -20,6 +20,7 @@ from commlayer.errors import CommError, UnsupportedOperation
 from commlayer.planner import Plan, native_cost, plan
 from commlayer.recorder import Operation, Recorder
 from commlayer.reduce_op import SUM, ReduceOp, as_reduce_op, meaningless
+from commlayer.volume import Counted
 from commlayer.watchdog import Watch, Watchdog
 from commlayer.work import Work, gather_works
 
@@ -40,7 +41,7 @@ class Planned:
     is their own affair.
     """
 
-    def __init__(self, comm: Communicator, capabilities: CapabilitySet, policy: str = "silent") -> None:
+    def __init__(self, comm: Communicator | Counted, capabilities: CapabilitySet, policy: str = "silent") -> None:
         self.comm = comm
         self.rank, self.size, self.device = comm.rank, comm.size, comm.device
         self._device = comm.device.type
@@ -177,10 +178,10 @@ class Group:
             self.rank, self.backend, self.device, self.timeout = -1, parent.backend, parent.device, parent.timeout
             return
         self.rank, self.backend, self.device, self.timeout = comm.rank, comm.name, comm.device, comm.timeout
-        self.flat = Planned(comm, capabilities, policy)
         dog = dog or Watchdog(Recorder(comm.rank, comm.size, comm.name, None))
         label = dog.label(self.ranks) if comm.seat is None else comm.seat.label
         self.watch = Watch(dog, comm, self.ranks, label, self._plan_of)
+        self.flat = Planned(comm if dog.trace is None else Counted(comm, self._sent), capabilities, policy)
 
     @property
     def is_member(self) -> bool:
@@ -321,6 +322,12 @@ class Group:
         request = Request(name, op.reduce.name if op.reduce else None, op.dtype, self.device.type, layout)
         found = plan(self._capabilities, self.size, request) if self.size > 1 else None
         return found.fallback.name if found is not None and found.fallback is not None else "native"
+
+    def _sent(self, size: int) -> None:
+        """Count it for the newest operation: all that one sends is under way before the next begins."""
+        op = self.watch.dog.recorder.last(self.watch.label)
+        if op is not None:
+            op.sent += size
 
     def close(self, linger: float = 5.0) -> None:
         """Release the communicators of this group and of the groups made from it.

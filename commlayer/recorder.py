@@ -77,6 +77,7 @@ class Operation:
     # No slots but defaults: a call stores only what it has.
     seq: int | None = None
     end = 0
+    sent = 0  # bytes for other ranks, of all that its plan is made of; counted where a trace is written
     error = ""
     waiting = False  # whether somebody is inside it
     expected = ""  # under COMMLAYER_DEBUG: where the sender of a message says what it sends
@@ -181,6 +182,7 @@ class Operation:
             "dtype": NAME_OF.get(self.dtype) if self.dtype is not None else None,
             "shape": list(self.shape) if self.shape is not None else None,
             "bytes": math.prod(self.shape) * self.dtype.itemsize if self.shape is not None and self.dtype else 0,
+            "sent": self.sent if self.watch.trace is not None else None,
             "peer": self.watch.ranks[self.peers[0]] if self.peers else None,
             "plan": self.watch.plan_of(self),
             "site": self.site(),

@@ -24,7 +24,7 @@ from typing import Any
 _FLUSH_SECONDS = 1.0
 _FLUSH_EVENTS = 256  # about 64 KiB
 _ARGUMENTS = {
-    **{"group": str, "seq": int, "reduce": str, "dtype": str, "shape": list, "bytes": int},
+    **{"group": str, "seq": int, "reduce": str, "dtype": str, "shape": list, "bytes": int, "sent": int},
     **{"peer": int, "plan": str, "site": str, "error": str},
 }
 

@@ -30,7 +30,8 @@ def summary(directory: str | Path) -> dict[str, Any]:
     A call is one operation on one rank, so an all_reduce of four ranks is four calls. Its time includes waiting for
     others. Algorithm bandwidth is S / t and bus bandwidth that times 2(n-1)/n for all_reduce, (n-1)/n for
     all_gather, reduce_scatter, all_to_all, gather and scatter, and 1 otherwise, in 1e9 bytes a second. S is the
-    whole array: where each rank brings a part, n times its bytes. Source: NVIDIA/nccl-tests, doc/PERFORMANCE.md,
+    whole array: where each rank brings a part, n times its bytes. ``sent`` is what the plans have sent for them, as
+    ``volume.py`` counts it: that of an emulation may be more. Source: NVIDIA/nccl-tests, doc/PERFORMANCE.md,
     and for gather and scatter src/gather.cu and src/scatter.cu.
 
     A rank waits in a collective from its own start to the latest start of all, as far as every rank of the group
@@ -39,6 +40,7 @@ def summary(directory: str | Path) -> dict[str, Any]:
     job = Job.open(directory)
     times: dict[_Kind, list[int]] = defaultdict(list)  # ns, of each call
     sizes: dict[_Kind, int] = defaultdict(int)  # bytes, of all calls
+    sent: dict[_Kind, int] = defaultdict(int)
     starts: dict[tuple[str, int], dict[int, int]] = defaultdict(dict)  # of each collective, on each rank
     members: dict[str, int] = {}
     busy: dict[int, list[int]] = {file.rank: [] for file in job.files}
@@ -58,6 +60,7 @@ def summary(directory: str | Path) -> dict[str, Any]:
             kind = _Kind(event["name"], call.get("reduce"), members[group], call.get("plan"))
             times[kind].append(event["dur"])
             sizes[kind] += call.get("bytes", 0)
+            sent[kind] += call.get("sent", 0)
             busy[file.rank].append(event["dur"])
     complete = [ranks for (group, _), ranks in starts.items() if len(ranks) == members[group] > 1]
     waiting = _waiting(complete, busy)
@@ -67,7 +70,7 @@ def summary(directory: str | Path) -> dict[str, Any]:
         "left_out": job.left_out,
         "collectives": len(complete),
         "operations": sorted(
-            (_operation(kind, np.array(times[kind]) / 1e9, sizes[kind]) for kind in times),
+            (_operation(kind, np.array(times[kind]) / 1e9, sizes[kind], sent[kind]) for kind in times),
             key=lambda row: -row["total"],
         ),
         "ranks": [
@@ -84,7 +87,7 @@ def summary(directory: str | Path) -> dict[str, Any]:
     }
 
 
-def _operation(kind: _Kind, times: np.ndarray, size: int) -> dict[str, Any]:
+def _operation(kind: _Kind, times: np.ndarray, size: int, sent: int) -> dict[str, Any]:
     n, total = kind.group_size, float(times.sum())
     whole = size * n if kind.op in _EACH_BRINGS_A_PART else size
     factor = 2 * (n - 1) / n if kind.op == "all_reduce" else (n - 1) / n if kind.op in _FRACTION_MOVED else 1.0
@@ -93,6 +96,7 @@ def _operation(kind: _Kind, times: np.ndarray, size: int) -> dict[str, Any]:
         **kind._asdict(),
         "calls": len(times),
         "bytes": size,
+        "sent": sent,
         "total": total,
         "median": float(np.median(times)),
         "p99": float(np.quantile(times, 0.99)),

@@ -115,6 +115,7 @@ def grouped_linear(x_NE: Tensor, weight_XFE: Tensor, rows: Sequence[int]) -> Ten
 class _GroupedLinear(Function):
     @staticmethod
     def forward(ctx: Any, x_NE: Tensor, weight_XFE: Tensor, rows: tuple[int, ...]) -> Tensor:
+        x_NE = x_NE.contiguous()
         ctx.save_for_backward(x_NE, weight_XFE)
         ctx.rows = rows
         return kept(lambda: _products(x_NE, weight_XFE.transpose(1, 2), rows))

@@ -50,7 +50,8 @@ def summary(
         return print_json(found)
     write(
         _operations(found["operations"]),
-        Text("Calls of all ranks, times with waiting; bandwidths in GB/s as nccl-tests defines them.", "dim"),
+        Text("Calls of all ranks; sent: what left them for others, by the plan; times with waiting;", "dim"),
+        Text("bandwidths in GB/s as nccl-tests defines them.", "dim"),
         "",
         _ranks(found["ranks"]),
         Text(_straggler(found)),
@@ -60,12 +61,13 @@ def summary(
 
 
 def _operations(rows: Sequence[dict[str, Any]]) -> Table:
-    table = _table("operation", "plan", "ranks", "calls", "bytes", "total", "median", "p99", "alg", "bus", left=2)
+    columns = ("operation", "plan", "ranks", "calls", "bytes", "sent", "total", "median", "p99", "alg", "bus")
+    table = _table(*columns, left=2)
     for row in rows:
         table.add_row(
             " ".join(filter(None, (row["op"], row["reduce"]))),
             row["plan"],
-            *(str(row["group_size"]), str(row["calls"]), _bytes(row["bytes"])),
+            *(str(row["group_size"]), str(row["calls"]), _bytes(row["bytes"]), _bytes(row["sent"])),
             *(_seconds(row[key]) for key in ("total", "median", "p99")),
             *("" if row[key] is None else _digits(row[key]) for key in ("algbw", "busbw")),
         )

@@ -15,6 +15,8 @@ import commlayer
 from commlayer.cli import app
 from commlayer.trace import Job, TraceFile, merge
 from commlayer.trace_summary import summary
+from tests.unit.test_jobs import job as execute
+from tests.unit.test_jobs import needs_mpiexec
 
 WORLD = [0, 1, 2, 3]
 MS = 1_000_000
@@ -23,8 +25,8 @@ MS = 1_000_000
 def operation(op="all_reduce", start=0, end=MS, *, ranks=WORLD, **other):
     """One operation as the recorder hands it over."""
     group = "world" if ranks == WORLD else "-".join(map(str, ranks))
-    plain = {"reduce": None, "dtype": "float32", "shape": [4, 3], "bytes": 48, "peer": None, "plan": "native"}
-    plain |= {"seq": None, "site": "train.py:30", "error": None}
+    plain = {"reduce": None, "dtype": "float32", "shape": [4, 3], "bytes": 48, "sent": 72, "peer": None}
+    plain |= {"plan": "native", "seq": None, "site": "train.py:30", "error": None}
     return {"group": group, "ranks": ranks, "op": op, "start": start, "end": end, **plain, **other}
 
 
@@ -91,8 +93,8 @@ def test_a_file_is_a_chrome_trace(tmp_path):
         "world",
     ]
     assert done[0]["args"] == {
-        "group": "1-3", "seq": 1, "dtype": "float32", "shape": [4, 3], "bytes": 48, "plan": "native",
-        "site": "train.py:30",
+        "group": "1-3", "seq": 1, "dtype": "float32", "shape": [4, 3], "bytes": 48, "sent": 72,
+        "plan": "native", "site": "train.py:30",
     }  # fmt: skip
 
 
@@ -216,7 +218,7 @@ def test_the_straggler_is_found(tmp_path):
     assert rows[2]["total"] == pytest.approx(10 * (0.001 + 0.001))
     [reduction] = [row for row in found["operations"] if row["op"] == "all_reduce"]
     assert (reduction["reduce"], reduction["group_size"], reduction["plan"]) == ("sum", 4, "native")
-    assert (reduction["calls"], reduction["bytes"]) == (40, 40 * 48)
+    assert (reduction["calls"], reduction["bytes"], reduction["sent"]) == (40, 40 * 48, 40 * 72)
     assert reduction["median"] == pytest.approx(0.006)
     said = run("summary", tmp_path)
     assert "Straggler: rank 2 on node1, last in 10 of 10 collectives; 100% of all waiting was for it." in said
@@ -334,8 +336,32 @@ def test_the_command(tmp_path):
     assert "all.json: 80 operations of 4 ranks" in said
     assert "ui.perfetto.dev" in said
     said = run("summary", tmp_path)
-    assert "all_reduce sum native 4 40 1.88 KiB 190 ms 6 ms 6 ms" in said
+    assert "all_reduce sum native 4 40 1.88 KiB 2.81 KiB 190 ms 6 ms 6 ms" in said
     assert "2 node1 20 20 ms 0 µs 10 150 ms" in said
     assert json.loads(CliRunner().invoke(app, ["trace", "summary", str(tmp_path), "--json"]).stdout)["size"] == 4
     assert "COMMLAYER_TRACE" in run("summary", tmp_path / "none", status=2)
     assert "nowhere" in run("merge", tmp_path, "-o", tmp_path / "nowhere" / "all.json", status=2)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpiexec", marks=needs_mpiexec)])
+@pytest.mark.parametrize(
+    ("disable", "plan", "sent"),  # by rank 0, which has 3 rows of 8 bytes to send, and by rank 1, which has 5
+    [
+        ("", "native", [2 * 8, 5 * 8]),
+        ("all_to_all", "pairwise", [2 * 8, 5 * 8]),
+        ("all_to_all,send,recv,broadcast,all_reduce", "padded_all_gather", [2 * 5 * 8 + 2 * 8] * 2),
+    ],
+)
+def test_a_job_counts_what_its_ranks_send(tmp_path, launcher, disable, plan, sent):
+    program = """
+        import torch, commlayer
+        splits = ([1, 2], [1, 5]) if commlayer.init().rank == 0 else ([5, 0], [2, 0])
+        commlayer.all_to_all(torch.ones(sum(splits[0]), 2), input_splits=splits[0], output_splits=splits[1])
+    """
+    traces = tmp_path / "traces"
+    result = execute(launcher, 2, program, tmp_path, COMMLAYER_TRACE=str(traces), COMMLAYER_DISABLE=disable)
+    assert result.returncode == 0, result.stderr
+    each = [operations_in(traces / f"trace-rank0000{rank}.json")[0]["args"] for rank in (0, 1)]
+    assert [(call["plan"], call["bytes"], call["sent"]) for call in each] == [(plan, 24, sent[0]), (plan, 40, sent[1])]
+    [row] = summary(traces)["operations"]
+    assert (row["plan"], row["bytes"], row["sent"]) == (plan, 64, sum(sent))
