@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from commlayer import CommError, Group, ReduceOp, UnsupportedOperation, Work
+from commlayer import AVG, CommError, Group, ReduceOp, UnsupportedOperation, Work
 
 
 class Reduction(NamedTuple):
@@ -18,13 +18,21 @@ class Reduction(NamedTuple):
     group: Group
     op: ReduceOp
 
+    @property
+    def gain(self) -> float:
+        """By how much it multiplies what is the same on all ranks already."""
+        if self.op is AVG:
+            return 1.0
+        return self.group.size * (1.0 if self.op.factor is None else float(self.op.factor))
+
 
 class Slot:
     """The place of one parameter's gradient in a bucket."""
 
-    def __init__(self, name: str, param: nn.Parameter, view: Tensor) -> None:
-        self.name, self.param, self.view = name, param, view
+    def __init__(self, name: str, param: nn.Parameter, view: Tensor, gain: float) -> None:
+        self.name, self.param, self.view, self.gain = name, param, view, gain
         self.address = view.data_ptr()
+        self.reduced = False  # and since then nothing was added
 
     def attach(self) -> None:
         """Make ``p.grad`` the view; after ``zero_grad()``, backward has put another tensor there."""
@@ -47,6 +55,13 @@ class Slot:
         self.view.copy_(grad)
         self.hand_out()
 
+    def divide_reduced(self) -> None:
+        """Before something is added to a gradient that was reduced: all of it will be reduced together, once more."""
+        grad = self.param.grad
+        if self.reduced and self.gain != 1 and grad is not None and grad.data_ptr() == self.address:
+            grad.mul_(1 / self.gain)
+        self.reduced = False
+
     def hand_out(self) -> None:
         """Make ``p.grad`` this place; by a tensor of its own, since converting a module swaps what is in that."""
         self.param.grad = self.view.detach()
@@ -66,7 +81,8 @@ class Bucket:
         for name, p in named:
             # The parameter's own strides if it is dense (channels_last), as optimizers like it.
             strides = torch.empty_like(p, device="meta").stride()
-            self.slots.append(Slot(name, p, self.flat.as_strided(p.shape, strides, start)))
+            view = self.flat.as_strided(p.shape, strides, start)
+            self.slots.append(Slot(name, p, view, reduction.gain))
             start += p.numel()
         self.missing = set(self.slots)
         self.unused: list[int] = []
@@ -92,6 +108,7 @@ class Bucket:
             self._streams.clear()
         self.flags.fill_(1)
         for i, slot in enumerate(self.slots):
+            slot.divide_reduced()
             if slot.param.grad is not None:
                 slot.attach()  # also a gradient that was accumulated or set outside this backward
             else:
@@ -106,6 +123,8 @@ class Bucket:
             for i in self.unused:
                 if used_somewhere[i]:
                     self.slots[i].hand_out()
+        for slot in self.slots:
+            slot.reduced = True
         self.unused.clear()
         self.missing = set(self.slots)
         self.work = Work()

@@ -127,6 +127,8 @@ class DataParallel(nn.Module):
                 _WRAPPERS[id(slot.param)] = self
                 hook = _hook(weakref.ref(self), bucket, slot)
                 handles.append(slot.param.register_post_accumulate_grad_hook(hook))
+                if slot.gain != 1:
+                    handles.append(slot.param.register_hook(_before(slot)))
         self.register_load_state_dict_pre_hook(_insert_prefix)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -289,6 +291,10 @@ def _hook(parallel: weakref.ref[DataParallel], bucket: Bucket, slot: Slot) -> Ca
             alive._ready(bucket, slot)
 
     return ready
+
+
+def _before(slot: Slot) -> Callable[[Tensor], None]:
+    return lambda _: slot.divide_reduced()
 
 
 def _check_module(module: nn.Module) -> None:

@@ -22,6 +22,7 @@ class _Pass:
 
     def __enter__(self) -> None:
         self.reader: Iterator[Any] = iter(self.values)
+        self.outer = _CURRENT.get()
         self.token: Token[_Pass | None] = _CURRENT.set(self)
 
     def __exit__(self, *error: object) -> None:
@@ -55,7 +56,10 @@ def once(action: Callable[[], Value]) -> Value:
     For decisions that must not change between the two, such as where tokens go.
     """
     notes = _CURRENT.get()
-    return action() if notes is None else notes.value_of(action)
+    if notes is None:
+        return action()
+    outer = notes.outer  # a recomputation of that one makes this one's forward again
+    return notes.value_of(action if outer is None else lambda: outer.value_of(action))
 
 
 def kept(action: Callable[[], Tensors]) -> Tensors:

@@ -62,7 +62,8 @@ def _contexts(streams: Streams | None, products: bool) -> tuple[Any, Any]:
     notes = Notes(products)
     torch_forward, torch_again = create_selective_checkpoint_contexts(PRODUCTS) if products else (nullcontext(),) * 2
     again = nullcontext() if streams is None else Replay(streams)
-    return _Together(notes.writing, torch_forward), _Together(notes.reading, torch_again, again)
+    # Streams are set back outside of torch's mode, which takes every operation for one of the function's.
+    return _Together(notes.writing, torch_forward), _Together(again, notes.reading, torch_again)
 
 
 class _Together:

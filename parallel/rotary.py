@@ -21,7 +21,7 @@ def rotary_tables(positions_T: Tensor, channels: int, *, like: Tensor, theta: fl
     if channels < 2 or channels % 2:
         raise ValueError(f"channels: rotary positions turn pairs, so a head needs an even number, got {channels}")
     frequency_C = theta ** (-torch.arange(0, channels, 2, dtype=torch.float64, device="cpu") / channels)
-    angle_TC = positions_T.cpu().to(torch.float64).unsqueeze(1) * frequency_C
+    angle_TC = positions_T.cpu().unsqueeze(1) * frequency_C
     wide = torch.promote_types(like.dtype, torch.float32)
     return angle_TC.cos().to(like.device, wide), angle_TC.sin().to(like.device, wide)
 
