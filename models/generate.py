@@ -58,5 +58,5 @@ def _draw(logits_BV: Tensor, temperature: float, top_k: int | None, generator: t
     if not temperature:
         return logits_BV.argmax(1, keepdim=True)
     best = logits_BV.topk(logits_BV.shape[1] if top_k is None else top_k)
-    probabilities = (best.values / temperature).softmax(1)
+    probabilities = ((best.values - best.values[:, :1]) / temperature).softmax(1)  # also where that is tiny
     return best.indices.gather(1, probabilities.multinomial(1, generator=generator))

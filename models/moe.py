@@ -27,7 +27,7 @@ from parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel.expert import Load, MoE
 from parallel.experts import Experts
 from parallel.mappings import gather_from_region
-from parallel.placement import initialise, mark_replicated, recall_marks
+from parallel.placement import initialise, initialise_each, mark_replicated, recall_marks
 from parallel.recompute import checkpoint
 from parallel.rotary import rotary_tables
 from parallel.shards import SequenceShards
@@ -117,7 +117,8 @@ class LanguageModel(nn.Module):
             else:
                 out = name.endswith(("attention.out.weight", "down.weight", "experts.down"))
                 std = 0.02 / math.sqrt(2 * self.config.depth) if out else 0.02
-                initialise(param, partial(nn.init.normal_, std=std))
+                draw = initialise_each if param.ndim == 3 else initialise  # experts, one after the other
+                draw(param, partial(nn.init.normal_, std=std))
         for bias in self.buffers():  # of the routers, the only ones
             nn.init.zeros_(bias)
 

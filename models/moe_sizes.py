@@ -100,35 +100,25 @@ class LanguageModelConfig:
         return replace(SIZES[name], **changes)
 
 
-def _with_dense(sizes: dict[str, LanguageModelConfig]) -> dict[str, LanguageModelConfig]:
-    return {
-        key: size for name, config in sizes.items() for key, size in ((name, config), (f"{name}-dense", config.dense()))
-    }
-
-
 # Of the weights of the balance and the z-loss the Switch Transformer and ST-MoE found these good.
 _TOP_2 = Routing(12, 2, normalise=True, balance_loss=1e-2, z_loss=1e-3)
 # As DeepSeek-V3: sigmoid scores, balanced by biases, and a small loss beside.
 _DEEPSEEK = Routing(60, 6, score="sigmoid", normalise=True, balance_loss=1e-4, bias_rate=1e-3)
 
-SIZES = _with_dense(
-    {
-        # For tests: heads for up to four ranks.
-        "tiny": LanguageModelConfig(
-            257, 32, 2, 8, 4, hidden=48, every=2, expert_hidden=24, routing=replace(_TOP_2, experts=4), tied=True
-        ),
-        # Learns bytes on two cores.
-        "laptop": LanguageModelConfig(
-            257, 128, 4, 4, 2, hidden=512, every=2, expert_hidden=256, routing=replace(_TOP_2, experts=8), tied=True
-        ),
-        "debug": LanguageModelConfig(32000, 384, 6, 6, 2, hidden=1536, every=2, expert_hidden=1536, routing=_TOP_2),
-        "medium": LanguageModelConfig(32000, 2304, 24, 24, 8, hidden=8192, every=2, expert_hidden=8192, routing=_TOP_2),
-        "large": LanguageModelConfig(
-            32000, 4608, 32, 36, 12, hidden=16384, every=2, expert_hidden=16384, routing=_TOP_2
-        ),
-        "deepseek-1b": LanguageModelConfig(
-            50000, 1024, 10, 8, 8, every=1, expert_hidden=448, routing=_DEEPSEEK, shared=2
-        ),
-    }
-)
+# The first five numbers are vocab_size, embed, depth, heads, kv_heads.
+SIZES: dict[str, LanguageModelConfig] = {
+    # For tests: heads for up to four ranks.
+    "tiny": LanguageModelConfig(
+        257, 32, 2, 8, 4, hidden=48, every=2, expert_hidden=24, routing=replace(_TOP_2, experts=4), tied=True
+    ),
+    # Learns bytes on two cores.
+    "laptop": LanguageModelConfig(
+        257, 128, 4, 4, 2, hidden=512, every=2, expert_hidden=256, routing=replace(_TOP_2, experts=8), tied=True
+    ),
+    "debug": LanguageModelConfig(32000, 384, 6, 6, 2, hidden=1536, every=2, expert_hidden=1536, routing=_TOP_2),
+    "medium": LanguageModelConfig(32000, 2304, 24, 24, 8, hidden=8192, every=2, expert_hidden=8192, routing=_TOP_2),
+    "large": LanguageModelConfig(32000, 4608, 32, 36, 12, hidden=16384, every=2, expert_hidden=16384, routing=_TOP_2),
+    "deepseek-1b": LanguageModelConfig(50000, 1024, 10, 8, 8, every=1, expert_hidden=448, routing=_DEEPSEEK, shared=2),
+}
+SIZES |= {f"{name}-dense": config.dense() for name, config in SIZES.items()}
 SIZES["large-dense-50b"] = SIZES["large"].dense(total=True)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from commlayer import Group, balanced_sizes
 from parallel import operators
+from parallel.derivatives import first_derivative
 
 
 def vocab_parallel_cross_entropy(
@@ -129,7 +129,7 @@ class _Losses(Function):
         return losses.masked_fill_(~adjoining, math.nan)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         logits, local, top, log_sum = ctx.saved_tensors
         found = (_wide(logits) - top.unsqueeze(-1)).sub_(log_sum.unsqueeze(-1)).exp_()

@@ -319,15 +319,17 @@ def _check_marks(module: nn.Module, mesh: Mesh | None, experts: Mesh | None) -> 
             raise ValueError(f"mark_replicated: {name} is marked for dp, over which DataParallel averages anyway")
         if marks.partial and mesh is None:
             raise ValueError(f"mesh: needed, since {name} is replicated over {', '.join(marks.partial)}")
-        axes = [*marks.partial, *(shard.axis for shard in marks.shards if shard.group.size > 1)]
+        cut = [shard.axis for shard in marks.shards if shard.group.size > 1]
+        axes, others = [*marks.partial, *cut], () if mesh is None else mesh.axes
         if experts is not None and is_expert(param, experts):
             if wrong := [axis for axis in axes if axis not in experts.axes or axis in marks.partial]:
                 raise ValueError(f"experts: {name} is on {experts}, so it cannot be cut or replicated over {wrong[0]}")
+        elif any(shard.axis in ("ep", "etp") for shard in marks.shards) and (
+            cut or any(mesh is not None and mesh.size(axis) > 1 for axis in others if axis not in ("dp", "pp", *axes))
+        ):
+            raise ValueError(f"experts: needed beside mesh, since {name} belongs to experts on a folded mesh")
         elif mesh is not None and (lacking := [axis for axis in axes if axis not in mesh.axes]):
-            hint = "; give the folded mesh as experts=" if lacking[0] in ("ep", "etp") else ""
-            raise ValueError(f"mesh: {name} is cut or replicated over {lacking[0]}, but the axes are {mesh.axes}{hint}")
-        elif mesh is None and any(shard.axis in ("ep", "etp") and shard.group.size > 1 for shard in marks.shards):
-            raise ValueError(f"experts: needed, with mesh=, since {name} is cut over ranks of experts")
+            raise ValueError(f"mesh: {name} is cut or replicated over {lacking[0]}, but the axes are {mesh.axes}")
 
 
 def _insert_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

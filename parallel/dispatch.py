@@ -11,8 +11,8 @@ Legend of shape suffixes:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Routes:
     incoming: tuple[int, ...]  # rows from each
     gathered: tuple[int, ...]  # rows that each rank of etp got so
     rows: tuple[int, ...]  # for each expert of this rank
+    ends: Tensor  # the sums of these up to each expert, on the device
     chosen: Tensor  # how often this rank's tokens chose each expert
     chosen_by_all: Tensor  # the same of all ranks (of those that share experts, if nothing asks for more)
 
@@ -64,42 +65,39 @@ class Dispatcher:
         """
         group = self.all if everyone or capacity_factor else self.near
         choices_P = experts_TK.flatten()
-        chosen_X = choices_P.bincount(minlength=self.experts)
+        chosen_X = choices_P.new_zeros(self.experts).scatter_add_(0, choices_P, torch.ones_like(choices_P))
         chosen_RX = commlayer.all_gather(chosen_X, group=group).view(-1, self.experts)
-        pairs = choices_P.argsort(stable=True)
-        taken_RX = chosen_RX
-        if capacity_factor:
-            limit = math.ceil(capacity_factor * chosen_RX.sum().item() / self.experts)
-            taken_RX = (limit - chosen_RX.cumsum(0) + chosen_RX).clamp(min=0).minimum(chosen_RX)
-            starts_X = chosen_X.cumsum(0) - chosen_X
-            place_P = torch.arange(len(pairs), device=pairs.device) - starts_X.repeat_interleave(chosen_X)
-            pairs = pairs[place_P < taken_RX[group.rank].repeat_interleave(chosen_X)]
+        taken_RX = _within_capacity(chosen_RX, capacity_factor) if capacity_factor else chosen_RX
+        taken_X = taken_RX[group.rank]
 
         # Of the ranks that share experts with this one: ep × etp × experts of this rank.
         taken_JIX = taken_RX.view(-1, self.ep.size, self.etp.size, self.experts)[group.rank // self.near.size]
-        arriving_JIX = taken_JIX.split(self.sizes, 2)[self.ep.rank]
-        outgoing_J = torch.stack([part.sum() for part in taken_RX[group.rank].split(self.sizes)])
-        counts = (
-            outgoing_J,
-            arriving_JIX[:, self.etp.rank].sum(1),
-            arriving_JIX.sum((0, 2)),
-            arriving_JIX.sum((0, 1)),
-        )
-        together = torch.cat(counts).cpu()  # at once, since on a GPU the host waits here
+        first, own = sum(self.sizes[: self.ep.rank]), self.sizes[self.ep.rank]
+        arriving_JIX = taken_JIX.narrow(2, first, own)
+        rows_X = arriving_JIX.sum((0, 1))
+        counts = self._of_ranks(taken_X), arriving_JIX[:, self.etp.rank].sum(1), arriving_JIX.sum((0, 2)), rows_X
+        together = torch.cat(counts).cpu()  # at once, since here the host waits for a GPU
         outgoing, incoming, gathered, rows = (
             tuple(part.tolist()) for part in together.split([len(part) for part in counts])
         )
         return Routes(
             top_k=experts_TK.shape[1],
-            pairs=pairs,
-            by_expert=_by_expert(arriving_JIX),
+            pairs=_taken(choices_P, chosen_X, taken_X, sum(outgoing)),
+            by_expert=_by_expert(arriving_JIX, sum(rows)),
             outgoing=outgoing,
             incoming=incoming,
             gathered=gathered,
             rows=rows,
+            ends=rows_X.cumsum(0).to(torch.int32),
             chosen=chosen_X,
             chosen_by_all=chosen_RX.sum(0),
         )
+
+    def _of_ranks(self, counts_X: Tensor) -> Tensor:
+        """Sums over the experts of each rank of ep, of which the first may have one more than the others."""
+        least, more = divmod(self.experts, self.ep.size)
+        cut = more * (least + 1)
+        return torch.cat([counts_X[:cut].view(more, least + 1).sum(1), counts_X[cut:].view(-1, least).sum(1)])
 
     def start(self, x_TE: Tensor, routes: Routes) -> tuple[Exchange, Tensor]:
         """Send the tokens off; :meth:`finish` takes what this returns."""
@@ -144,10 +142,30 @@ class _Spread(Function):
         return grad_PE.view(ctx.tokens, ctx.top_k, grad.shape[1]).sum(1), None, None
 
 
-def _by_expert(arriving_JIX: Tensor) -> Tensor | None:
+def _within_capacity(chosen_RX: Tensor, factor: float) -> Tensor:
+    """What of the choices of each rank the experts take: ⌈factor · mean⌉ of all, those of the first ranks first."""
+    exact = Fraction(str(factor))  # 1.1, which as a binary number is a little more
+    limit = -(-chosen_RX.sum() * exact.numerator // (exact.denominator * chosen_RX.shape[1]))
+    before_RX = chosen_RX.cumsum(0) - chosen_RX
+    return (limit - before_RX).clamp(min=0).minimum(chosen_RX)
+
+
+def _taken(choices_P: Tensor, chosen_X: Tensor, taken_X: Tensor, count: int) -> Tensor:
+    """The pairs in the order of experts, without those beyond what each takes."""
+    pairs = choices_P.argsort(stable=True)
+    if count == len(pairs):
+        return pairs
+    starts_X = chosen_X.cumsum(0) - chosen_X
+    place_P = torch.arange(len(pairs), device=pairs.device) - starts_X[choices_P[pairs]]
+    beyond_P = place_P >= taken_X[choices_P[pairs]]
+    return pairs[beyond_P.to(torch.uint8).argsort(stable=True)[:count]]
+
+
+def _by_expert(arriving_JIX: Tensor, total: int) -> Tensor | None:
     """The order by expert of rows that come by rank of etp, then by rank of ep, then by expert."""
     ranks_ep, ranks_etp, experts = arriving_JIX.shape
     if ranks_ep * ranks_etp == 1 or experts == 1:
         return None
     expert_of = torch.arange(experts, device=arriving_JIX.device).repeat(ranks_etp * ranks_ep)
-    return expert_of.repeat_interleave(arriving_JIX.transpose(0, 1).flatten()).argsort(stable=True)
+    lengths = arriving_JIX.transpose(0, 1).flatten()
+    return expert_of.repeat_interleave(lengths, output_size=total).argsort(stable=True)

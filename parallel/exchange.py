@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 import commlayer
 from commlayer import Group, Work
-from parallel.notes import kept
+from parallel.derivatives import first_derivative
+from parallel.notes import kept, replays_kept
 
 
 class Exchange:
@@ -24,7 +24,7 @@ class Exchange:
 
     def __init__(self, outgoing: Sequence[int], incoming: Sequence[int], group: Group) -> None:
         self.outgoing, self.incoming, self.group = outgoing, incoming, group
-        self.work = Work()
+        self._under_way: tuple[Work, Tensor] | None = None
 
     def start(self, x: Tensor) -> Tensor:
         """Rows that are only there after :meth:`wait`, which takes them."""
@@ -35,25 +35,29 @@ class Exchange:
 
     def launch(self, x: Tensor, outgoing: Sequence[int], incoming: Sequence[int]) -> Tensor:
         out = x.new_empty(sum(incoming), *x.shape[1:])
-        self.work = commlayer.all_to_all(
+        work = commlayer.all_to_all(
             x, input_splits=outgoing, output_splits=incoming, group=self.group, out=out, async_op=True
         )
+        self._under_way = work, out
         return out
 
     def finish(self) -> Tensor:
-        result: Tensor = self.work.wait()
-        self.work = Work()
-        return result
+        assert self._under_way is not None
+        (work, out), self._under_way = self._under_way, None
+        work.wait()
+        return out
 
 
 class _Start(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
-        return kept(lambda: exchange.launch(x, exchange.outgoing, exchange.incoming))
+        if replays_kept():
+            return x.new_empty(sum(exchange.incoming), *x.shape[1:])
+        return exchange.launch(x, exchange.outgoing, exchange.incoming)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return ctx.exchange.finish(), None
 
@@ -62,11 +66,10 @@ class _Wait(Function):
     @staticmethod
     def forward(ctx: Any, arriving: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
-        exchange.finish()
-        return arriving.view_as(arriving)
+        return kept(exchange.finish).view_as(arriving)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         exchange = ctx.exchange
         exchange.launch(grad, exchange.incoming, exchange.outgoing)

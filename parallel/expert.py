@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from commlayer import Group, Mesh, balanced_sizes
+from parallel.amp import as_autocast
 from parallel.dispatch import Dispatcher, Routes
 from parallel.experts import Experts
 from parallel.mappings import gather_from_region, scatter_to_region
@@ -45,8 +46,9 @@ class MoE(nn.Module):
 
     Args:
         routing: how tokens choose; its ``capacity_factor`` and losses are meant for all ranks' tokens together.
-        mesh: folded, ``Mesh(…).fold("ep=4")``, with axes etp, ep and edp; None: one process. Give it to
-            ``DataParallel(…, experts=)`` as well, which reduces the experts' gradients over edp.
+        mesh: folded, ``Mesh(…).fold("ep=4")``, with axes etp, ep and edp. Give it to ``DataParallel(…, experts=)`` as
+            well, which reduces the experts' gradients over edp. None: one process, whose tokens are all there are; to
+            replicate experts over ranks, fold with ``ep=1``.
         group: the tensor-parallel ranks, by default this one alone; ``axis`` is what their mesh calls them.
         shared: how many experts every token uses; as one MLP of that many times ``hidden`` channels, cut over ``group``
             and computed while tokens are under way.
@@ -87,7 +89,9 @@ class MoE(nn.Module):
     @torch._disable_dynamo  # how many rows go where depends on the data: compiled models break here
     def forward(self, x: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, Load]:
         """``sizes``: under sequence parallelism the tokens of each rank of ``group``, for the shared experts."""
-        tokens_TE = x.flatten(0, -2)
+        if not x.ndim or x.shape[-1] != (embed := self.router.weight.shape[1]):
+            raise ValueError(f"x: expected … × {embed}, got {tuple(x.shape)}")
+        tokens_TE = x.reshape(-1, embed)
         cut = self.group.size > 1 and not self.sequence_parallel
         parts = balanced_sizes(len(tokens_TE), self.group.size) if cut else None
         if parts:
@@ -95,9 +99,10 @@ class MoE(nn.Module):
         logits_TX, scores_TX = self.router(tokens_TE)
         # Not decided again in a recomputation, which rounding might turn into another decision on one rank.
         experts_TK, routes = once(lambda: self._decide(scores_TX))
+        (tokens_TE,) = as_autocast(tokens_TE)  # as the experts will multiply them: half as much to send
         under_way = self.dispatcher.start(tokens_TE, routes)
         shared = None if self.shared is None else self.shared(x, sizes=sizes)
-        rows_NE = self.experts(self.dispatcher.finish(under_way, routes), routes.rows)
+        rows_NE = self.experts(self.dispatcher.finish(under_way, routes), routes.rows, routes.ends)
         y_TE = self.dispatcher.combine(rows_NE, self.router.weigh(scores_TX, experts_TK), routes)
         if parts:
             y_TE = gather_from_region(y_TE, 0, self.group, parts)

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 Value = TypeVar("Value")
 Tensors = TypeVar("Tensors", Tensor, tuple[Tensor, ...])
 
+_MISSING = object()
+
 
 class _Pass:
     """A context: one pass through a checkpointed function, the forward or, with ``values`` to read, a recomputation."""
@@ -28,13 +30,23 @@ class _Pass:
     def __exit__(self, *error: object) -> None:
         _CURRENT.reset(self.token)
 
-    def value_of(self, action: Callable[[], Value]) -> Value:
+    def value_of(self, action: Callable[[], Value], *, nested: bool) -> Value:
+        """Written, or read. ``nested``: also by checkpoints around this one, whose recomputation is a forward of it."""
         if self.again:
-            found: Value = next(self.reader)
-            return found
-        # Unseen by torch's selective checkpoint, which counts the calls of each operator in forward and recomputation.
-        with _disable_current_modes() if self.products else nullcontext():
-            value = action()
+            found = next(self.reader, _MISSING)
+            if found is _MISSING:
+                raise RuntimeError("checkpoint: the recomputation took another way through the function than forward")
+            return found  # type: ignore[return-value]
+        if nested and self.outer is not None:
+            value = self.outer.value_of(action, nested=True)
+        else:
+            token = _CURRENT.set(None)  # what the action does in turn is no note of its own
+            # Unseen by torch's selective checkpoint, which counts each operator's calls in forward and recomputation.
+            try:
+                with _disable_current_modes() if self.products else nullcontext():
+                    value = action()
+            finally:
+                _CURRENT.reset(token)
         self.values.append(value)
         return value
 
@@ -47,6 +59,24 @@ class Notes:
         self.writing, self.reading = (_Pass(values, again, products) for again in (False, True))
 
 
+class _Kept:
+    """Tensors, as long as nobody writes into them."""
+
+    def __init__(self, found: Tensor | tuple[Tensor, ...]) -> None:
+        self.single = isinstance(found, Tensor)
+        self.tensors = [each.detach() for each in ([found] if isinstance(found, Tensor) else found)]
+        self.versions = [each._version for each in self.tensors]
+
+    def hand_out(self) -> Any:
+        """Other tensors of the same values: autograd writes into the very ones that a Function returns."""
+        if self.versions != [each._version for each in self.tensors]:
+            raise RuntimeError(
+                'checkpoint: a result that keep="products" kept was changed in place; change a copy, or keep nothing'
+            )
+        handed = [each.detach() for each in self.tensors]
+        return handed[0] if self.single else tuple(handed)
+
+
 _CURRENT: ContextVar[_Pass | None] = ContextVar("notes", default=None)
 
 
@@ -56,10 +86,7 @@ def once(action: Callable[[], Value]) -> Value:
     For decisions that must not change between the two, such as where tokens go.
     """
     notes = _CURRENT.get()
-    if notes is None:
-        return action()
-    outer = notes.outer  # a recomputation of that one makes this one's forward again
-    return notes.value_of(action if outer is None else lambda: outer.value_of(action))
+    return action() if notes is None else notes.value_of(action, nested=True)
 
 
 def kept(action: Callable[[], Tensors]) -> Tensors:
@@ -70,9 +97,11 @@ def kept(action: Callable[[], Tensors]) -> Tensors:
     notes = _CURRENT.get()
     if notes is None or not notes.products:
         return action()
-    return _detached(notes.value_of(lambda: _detached(action())))
+    found: Tensors = notes.value_of(lambda: _Kept(action()), nested=False).hand_out()
+    return found
 
 
-def _detached(found: Tensors) -> Tensors:
-    """Other tensors of the same values: autograd writes into the very ones that a Function returns."""
-    return found.detach() if isinstance(found, Tensor) else tuple(each.detach() for each in found)
+def replays_kept() -> bool:
+    """Whether :func:`kept` will find its result already there."""
+    notes = _CURRENT.get()
+    return notes is not None and notes.products and notes.again

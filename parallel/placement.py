@@ -153,6 +153,27 @@ def initialise(param: Tensor, fill: Callable[[Tensor], object]) -> None:
     param.copy_(part_of(full, param))
 
 
+@torch.no_grad()
+def initialise_each(param: Tensor, fill: Callable[[Tensor], object]) -> None:
+    """The same, one entry of the first dim after the other: the whole of a stack of experts would fill the memory."""
+    if param.is_meta:
+        return
+    whole, cuts = full_shape(param), placement(param).shards
+    mine = range(whole[0])
+    for cut in cuts:
+        if cut.dim == 0:
+            first = sum(cut.sizes[: cut.group.rank])
+            mine = mine[first : first + cut.sizes[cut.group.rank]]
+    full = torch.empty(1, *whole[1:], dtype=param.dtype, device=param.device)
+    for entry in range(whole[0]):
+        fill(full[0])
+        if entry in mine:
+            part = full
+            for cut in cuts:
+                part = cut.narrow(part) if cut.dim else part
+            param[mine.index(entry)].copy_(part[0])
+
+
 def _mark(param: Tensor, marks: Placement) -> None:
     reference = weakref.ref(param)
 

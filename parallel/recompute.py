@@ -26,6 +26,7 @@ PRODUCTS = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,  # Intel GPUs
 ]
 
 
@@ -73,9 +74,10 @@ class _Together:
         self.contexts = contexts
 
     def __enter__(self) -> None:
-        self.stack = ExitStack()
-        for context in self.contexts:
-            self.stack.enter_context(context)
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context)
+            self.stack = stack.pop_all()
 
     def __exit__(self, *error: Any) -> None:
         self.stack.__exit__(*error)

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from commlayer import Group, Work, sendrecv
 from parallel.blocks import additive, block_backward, block_forward, merge_, unseen_to_inf, wide
+from parallel.derivatives import first_derivative
 from parallel.notes import kept
 from parallel.operators import operator
 from parallel.shards import SequenceShards
@@ -101,7 +101,7 @@ class _RingAttention(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, k, v, mask, out, lse = ctx.saved_tensors
         if torch.compiler.is_compiling():

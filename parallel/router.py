@@ -134,9 +134,7 @@ class TopKRouter(nn.Module):
         """The weights of the chosen experts, T × K."""
         weights_TK = scores_TX.gather(1, experts_TK)
         if self.routing.normalise:
-            # Far below any score that is not an underflow, so that such tokens get zeros rather than NaN.
-            tiny = torch.finfo(weights_TK.dtype).tiny
-            weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=tiny)
+            weights_TK = _normalised(weights_TK)
         return weights_TK * self.routing.scale
 
     def loss(self, logits_TX: Tensor, scores_TX: Tensor, chosen_X: Tensor) -> Tensor:
@@ -149,7 +147,7 @@ class TopKRouter(nn.Module):
         if routing.balance_loss:
             shares_X = chosen_X / choices
             if routing.score == "sigmoid":
-                scores_TX = scores_TX / scores_TX.sum(1, keepdim=True)
+                scores_TX = _normalised(scores_TX)
             means_X = scores_TX.sum(0) * (routing.top_k / choices)
             total = total + routing.balance_loss * routing.experts * (shares_X * means_X).sum()
         if routing.z_loss:
@@ -163,11 +161,16 @@ class TopKRouter(nn.Module):
         ``chosen_X``: how often, over all ranks and micro-batches.
         """
         if self.bias is not None:
-            chosen_X = chosen_X.to(torch.float64)
-            self.bias += self.routing.bias_rate * (chosen_X.mean() - chosen_X).sign().to(self.bias)
+            lacking_X = chosen_X.sum() - len(chosen_X) * chosen_X  # in integers, which lose nothing
+            self.bias += self.routing.bias_rate * lacking_X.sign().to(self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.routing}"
+
+
+def _normalised(scores: Tensor) -> Tensor:
+    """Over their sum; zeros, with a gradient of zero, where all have underflown."""
+    return scores / (scores.sum(1, keepdim=True) + 1e-20)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -308,12 +308,12 @@ class VocabParallelEmbedding(_Sharded):
     def forward(self, ids: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         """``sizes``: how many tokens each rank gets, under sequence parallelism; by default equally many."""
         self._check(sizes)
-        if self.group.size == 1:
-            return F.embedding(ids, self.weight, self.padding_idx)
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
             low, high = (int(bound) for bound in ids.aminmax())
             if low < 0 or high >= self.num_embeddings:
                 raise IndexError(f"ids: expected 0 to {self.num_embeddings - 1}, got {low if low < 0 else high}")
+        if self.group.size == 1:
+            return F.embedding(ids, self.weight, self.padding_idx)
         rank, last = self.group.rank, self.group.size - 1
         first, rows = sum(self.sizes[:rank]), self.sizes[rank]
         local = ids - first

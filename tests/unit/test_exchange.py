@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import commlayer
-from commlayer import Mesh, run_local
+from commlayer import run_local
 from parallel import MoE, Routing
 from parallel.exchange import Exchange
 
@@ -39,44 +39,6 @@ def test_one_rank_exchanges_nothing():
     x = torch.randn(4, 3, requires_grad=True)
     exchange = Exchange([4], [4], commlayer.Group.alone())
     assert exchange.wait(exchange.start(x)) is x
-
-
-def test_the_shared_experts_are_computed_while_tokens_travel(monkeypatch):
-    """In forward, and in backward: started before, waited for after."""
-
-    class Marked(nn.Module):
-        def __init__(self, shared, log):
-            super().__init__()
-            self.shared, self.log = shared, log
-
-        def forward(self, x, sizes=None):
-            y = self.shared(x, sizes=sizes)
-            self.log.append("shared")
-            if y.requires_grad:
-                y.register_hook(lambda grad: self.log.append("shared"))
-            return y
-
-    logs = {}
-    launch, finish = Exchange.launch, Exchange.finish
-    monkeypatch.setattr(
-        Exchange, "launch", lambda self, *args: (logs[self.group.rank].append("start"), launch(self, *args))[1]
-    )
-    monkeypatch.setattr(
-        Exchange, "finish", lambda self, *args: (logs[self.group.rank].append("wait"), finish(self, *args))[1]
-    )
-
-    def body():
-        experts = Mesh("dp=2", group=commlayer.world()).fold("ep=2")
-        log = logs[commlayer.world().rank] = []
-        layer = MoE(8, 8, Routing(4, 2), mesh=experts, shared=1)
-        layer.shared = Marked(layer.shared, log)
-        y, _ = layer(torch.randn(5, 8, requires_grad=True))
-        assert log == ["start", "shared", "wait", "start", "wait"]
-        log.clear()
-        y.sum().backward()
-        assert log == ["start", "wait", "start", "shared", "wait"]
-
-    run_local(body, ranks=2)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

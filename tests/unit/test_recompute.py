@@ -1,5 +1,7 @@
 """What is computed, and communicated, again in backward, and what is not."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -47,6 +49,14 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Run(NamedTuple):
+    values: list[torch.Tensor]  # the output and all gradients
+    sent: list[str]  # what the forward communicates
+    sent_back: list[str]
+    forward: Seen
+    backward: Seen
+
+
 @pytest.mark.parametrize("method", ["ring", "all_gather", "ulysses"])
 @pytest.mark.parametrize("layout", ["dp=1 cp=1 tp=2", "dp=1 cp=2 tp=1", "dp=2 cp=1 tp=1"])
 def test_what_is_done_again(monkeypatch, method, layout):
@@ -67,40 +77,34 @@ def test_what_is_done_again(monkeypatch, method, layout):
             assert experts[axes]
         assert mesh["tp"]
         block = drawn(lambda: Block(mesh, experts, method)).double()
-        found = {}
+        found = []
         for keep in (None, "nothing", "products"):
             block.zero_grad()
             x = rand(3, 6 // mesh.size("cp"), EMBED).requires_grad_()
-            run = block if keep is None else lambda x, k=keep: checkpoint(block, x, keep=k)
             mine.clear()
             with Seen() as forward:
-                y = run(x)
+                y = block(x) if keep is None else checkpoint(block, x, keep=keep)
             sent = [*mine]
             mine.clear()
             with Seen() as backward:
                 y.square().sum().backward()
-            grads = [y, x.grad, *(p.grad for p in block.parameters())]
-            found[keep] = (grads, sent, [*mine], forward.products, backward.products, backward.pointwise)
+            values = [y.detach(), x.grad, *(p.grad for p in block.parameters())]
+            found.append(Run(values, sent, [*mine], forward, backward))
         return found
 
     for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "sendrecv"):
         monkeypatch.setattr(commlayer, name, spied(name, getattr(commlayer, name)))
-    for found in run_local(rank, 2):
-        grads, sent, sent_back, products, products_back, pointwise_back = found[None]
-        assert sent
-        assert not pointwise_back
-        for keep in ("nothing", "products"):
-            for mine, wanted in zip(found[keep][0], grads, strict=True):
-                assert torch.equal(mine, wanted)
-            assert found[keep][1] == sent
-            assert found[keep][5] > 0
-        # But for what only the last layer's result needs, which torch does not come to.
-        assert found["nothing"][3] == products
-        assert products_back < found["nothing"][4] <= products_back + products
-        assert found["products"][4] == products_back
-        again = [name for name in sent if name != "all_gather" or method == "all_gather"]  # counts are not
-        assert len(sent_back) < len(found["nothing"][2]) <= len(sent_back) + len(again)
-        assert found["products"][2] == sent_back
+    for plain, nothing, products in run_local(rank, 2):
+        for run in (nothing, products):
+            assert all(torch.equal(*pair) for pair in zip(run.values, plain.values, strict=True))
+            assert run.sent == plain.sent != []
+            assert run.backward.pointwise > plain.backward.pointwise == 0
+        assert products.sent_back == plain.sent_back
+        assert products.backward.products == plain.backward.products
+        # All but the last layer's result, which torch does not come to, and the counts of tokens.
+        most = [name for name in plain.sent if name != "all_gather" or method == "all_gather"]
+        assert 0 < len(nothing.sent_back) - len(plain.sent_back) <= len(most)
+        assert 0 < nothing.backward.products - plain.backward.products <= plain.forward.products
 
 
 def test_once():
@@ -127,7 +131,7 @@ def test_once():
         ys[1].backward()
         assert len(drawn_numbers) == 4
         assert set(answers[2:]) == {(0, 1), (2, 3)}
-        assert len(answers) > 4 - (keep == "products")
+        assert len(answers) == 5
     function(x)
     function(x)
     assert len(drawn_numbers) == 8, "outside of a checkpoint it is done each time"
