@@ -53,7 +53,7 @@ class _Start(Function):
     def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
         if replays_kept():
-            return x.new_empty(sum(exchange.incoming), *x.shape[1:])
+            return x.new_empty(sum(exchange.incoming), *x.shape[1:])  # nobody looks into it
         return exchange.launch(x, exchange.outgoing, exchange.incoming)
 
     @staticmethod

@@ -89,7 +89,8 @@ class MoE(nn.Module):
     @torch._disable_dynamo  # how many rows go where depends on the data: compiled models break here
     def forward(self, x: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, Load]:
         """``sizes``: under sequence parallelism the tokens of each rank of ``group``, for the shared experts."""
-        if not x.ndim or x.shape[-1] != (embed := self.router.weight.shape[1]):
+        embed = self.router.weight.shape[1]
+        if not x.ndim or x.shape[-1] != embed:
             raise ValueError(f"x: expected … × {embed}, got {tuple(x.shape)}")
         tokens_TE = x.reshape(-1, embed)
         cut = self.group.size > 1 and not self.sequence_parallel
