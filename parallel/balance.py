@@ -41,7 +41,7 @@ class LoadCounter:
         if len(loads) != len(self.layers):
             raise ValueError(f"loads: expected one for each of {len(self.layers)} layers, got {len(loads)}")
         for sums, load in zip(self._sums, loads, strict=True):
-            sums += torch.cat([load.counts, load.dropped.view(1)])
+            sums += torch.cat([load.counts, load.dropped.view(1)]).to(sums.device)
 
     def step(self) -> Totals:
         """The totals of the step; moves the routers' biases, and starts anew. One all_reduce: call it on all ranks."""

@@ -121,6 +121,7 @@ class DataParallel(nn.Module):
         self._arrived = 0  # and of these, the first ones that are known to be done
         # Parameters outlive this wrapper, so their hooks must neither keep it alive nor stay behind.
         handles: list[Any] = []
+        self._accumulators: list[Any] = []  # which live only as long as somebody holds them
         self._retire = weakref.finalize(self, lambda: [handle.remove() for handle in handles])
         for bucket in self._buckets:
             for slot in bucket.slots:
@@ -128,7 +129,10 @@ class DataParallel(nn.Module):
                 hook = _hook(weakref.ref(self), bucket, slot)
                 handles.append(slot.param.register_post_accumulate_grad_hook(hook))
                 if slot.gain != 1:
-                    handles.append(slot.param.register_hook(_before(slot)))
+                    # On the node that accumulates: a hook on the parameter would see torch.autograd.grad, too.
+                    node: Any = slot.param.view_as(slot.param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+                    self._accumulators.append(node)
+                    handles.append(node.register_prehook(_before(slot)))
         self.register_load_state_dict_pre_hook(_insert_prefix)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -293,8 +297,8 @@ def _hook(parallel: weakref.ref[DataParallel], bucket: Bucket, slot: Slot) -> Ca
     return ready
 
 
-def _before(slot: Slot) -> Callable[[Tensor], None]:
-    return lambda _: slot.divide_reduced()
+def _before(slot: Slot) -> Callable[..., None]:
+    return lambda *_: slot.divide_reduced()
 
 
 def _check_module(module: nn.Module) -> None:

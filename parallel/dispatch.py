@@ -25,7 +25,7 @@ from parallel.exchange import Exchange
 from parallel.mappings import all_gather_from_region, reduce_scatter_to_region
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Routes:
     """Where the tokens of one forward pass go."""
 
@@ -144,7 +144,8 @@ class _Spread(Function):
 
 def _within_capacity(chosen_RX: Tensor, factor: float) -> Tensor:
     """What of the choices of each rank the experts take: ⌈factor · mean⌉ of all, those of the first ranks first."""
-    exact = Fraction(str(factor))  # 1.1, which as a binary number is a little more
+    # Exactly 1.1, which as a binary number is a little more; and in numbers whose products int64 can hold.
+    exact = Fraction(min(max(factor, 1e-6), chosen_RX.shape[1])).limit_denominator(10**6)
     limit = -(-chosen_RX.sum() * exact.numerator // (exact.denominator * chosen_RX.shape[1]))
     before_RX = chosen_RX.cumsum(0) - chosen_RX
     return (limit - before_RX).clamp(min=0).minimum(chosen_RX)

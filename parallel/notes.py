@@ -25,6 +25,7 @@ class _Pass:
     def __enter__(self) -> None:
         self.reader: Iterator[Any] = iter(self.values)
         self.outer = _CURRENT.get()
+        self.hides: bool = self.products or (self.outer is not None and self.outer.hides)
         self.token: Token[_Pass | None] = _CURRENT.set(self)
 
     def __exit__(self, *error: object) -> None:
@@ -37,18 +38,19 @@ class _Pass:
             if found is _MISSING:
                 raise RuntimeError("checkpoint: the recomputation took another way through the function than forward")
             return found  # type: ignore[return-value]
-        if nested and self.outer is not None:
-            value = self.outer.value_of(action, nested=True)
-        else:
-            token = _CURRENT.set(None)  # what the action does in turn is no note of its own
-            # Unseen by torch's selective checkpoint, which counts each operator's calls in forward and recomputation.
-            try:
-                with _disable_current_modes() if self.products else nullcontext():
-                    value = action()
-            finally:
-                _CURRENT.reset(token)
+        around = self.outer if nested else None
+        value = self.run(action) if around is None else around.value_of(action, nested=True)
         self.values.append(value)
         return value
+
+    def run(self, action: Callable[[], Value]) -> Value:
+        """Unseen by torch's selective checkpoint, which counts each operator's calls in forward and recomputation."""
+        token = _CURRENT.set(None)  # what the action does in turn is no note of its own
+        try:
+            with _disable_current_modes() if self.hides else nullcontext():
+                return action()
+        finally:
+            _CURRENT.reset(token)
 
 
 class Notes:
@@ -96,9 +98,15 @@ def kept(action: Callable[[], Tensors]) -> Tensors:
     """
     notes = _CURRENT.get()
     if notes is None or not notes.products:
-        return action()
+        return unseen(action)
     found: Tensors = notes.value_of(lambda: _Kept(action()), nested=False).hand_out()
     return found
+
+
+def unseen(action: Callable[[], Value]) -> Value:
+    """``action()``, hidden from checkpoints that keep products: to communicate takes tensor operations of its own."""
+    notes = _CURRENT.get()
+    return action() if notes is None else notes.run(action)
 
 
 def replays_kept() -> bool:

@@ -49,6 +49,9 @@ class Routing:
     bias_rate: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("experts", "top_k", "groups", "top_groups"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"{name}: expected an int, got {getattr(self, name)!r}")
         if self.experts < 1:
             raise ValueError(f"experts: expected at least 1, got {self.experts}")
         if not 1 <= self.top_k <= self.experts:

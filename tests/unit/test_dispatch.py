@@ -6,6 +6,7 @@ Values are small integers in float64, so everything is exact.
 import math
 from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ class Routed:
         """Of each rank: which choices are taken, in the order of ranks, tokens, choices."""
         room = math.inf
         if self.capacity_factor:
-            room = math.ceil(self.capacity_factor * sum(self.tokens) * self.top_k / self.experts)
+            room = math.ceil(Fraction(str(self.capacity_factor)) * sum(self.tokens) * self.top_k / self.experts)
         taken, found = Counter(), []
         for choices in self.choices:
             found.append(torch.zeros(choices.shape))
@@ -82,7 +83,7 @@ def routed(draw):
     tokens = tuple(draw(st.sampled_from([0, 1, 2, 5, 9])) for _ in range(etp * ep * edp))
     return Routed(
         etp, ep, edp, experts, top_k, tokens,
-        draw(st.sampled_from([0.0, 0.25, 1.0, 1.5])), draw(st.sampled_from(["even", "hot", "own"])),
+        draw(st.sampled_from([0.0, 0.25, 1.0, 1.1, 1.5])), draw(st.sampled_from(["even", "hot", "own"])),
         draw(st.integers(0, 1000)), draw(st.sampled_from(list(PLANS))),
     )  # fmt: skip
 
@@ -192,10 +193,28 @@ def test_counts_are_exchanged_once_with_those_who_must_know(monkeypatch, capacit
     assert calls == [(group, torch.int64, 5, False)] * 4
 
 
+@pytest.mark.parametrize(
+    ("factor", "taken"), [(1.1, 11), (1.0, 10), (0.7, 7), (1.01, 11), (0.01, 1), (2.0, 20), (9.0, 20)]
+)
+def test_room_is_the_factor_times_the_mean_rounded_up(factor, taken):
+    """As it is written: 1.1 · 10 is 11, though as binary numbers a little more."""
+    choices = torch.tensor([[0]] * 20)
+    routes = Dispatcher(2).plan(choices, factor)
+    assert routes.rows == (taken, 0)
+    assert routes.pairs.tolist() == list(range(taken))
+
+
 def test_routes_never_change():
     routes = Dispatcher(3).plan(torch.tensor([[0], [2]]))
     with pytest.raises(AttributeError, match="cannot assign"):
         routes.rows = (1, 1, 1)
+
+
+@pytest.mark.parametrize(("factor", "limit"), [(4 / 3, 14), (1.1, 11), (1e-9, 1), (1e30, 100), (0.95, 10), (1e-5, 1)])
+def test_the_capacity_is_exact_and_overflows_nowhere(factor, limit):
+    """Of 100 choices of 10 experts; all want the first."""
+    choices = torch.zeros(100, 1, dtype=torch.int64)
+    assert len(Dispatcher(10).plan(choices, factor).pairs) == limit
 
 
 def test_too_few_experts():

@@ -319,23 +319,39 @@ def test_accumulated_gradients(layout, once):
     run_local(rank, 4)
 
 
+def test_looking_at_gradients_changes_none():
+    """torch.autograd.grad runs the same graph, and no reduction."""
+
+    def rank():
+        mesh = Mesh("dp=2")
+        experts = mesh.fold("ep=2")
+        layer = MoE(EMBED, 4, Routing(4, 2), mesh=experts)
+        model = DataParallel(layer, mesh=mesh, experts=experts)
+        x = torch.ones(3, EMBED, requires_grad=True)
+        model(x)[0].sum().backward()
+        before = [p.grad.clone() for p in layer.parameters()]
+        torch.autograd.grad(model(x)[0].sum(), list(layer.parameters()))
+        for p, grad in zip(layer.parameters(), before, strict=True):
+            assert torch.equal(p.grad, grad)
+
+    run_local(rank, 2)
+
+
 # What is communicated ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fold", ["ep=4", "etp=2 ep=2"])
-@pytest.mark.parametrize(
-    ("keep", "again"), [(None, []), ("nothing", ["all_to_all", "all_to_all"]), ("products", [])], ids=str
-)
+@pytest.mark.parametrize("fold", ["ep=4", "ep=2", "etp=2 ep=2"])
+@pytest.mark.parametrize("keep", [None, "nothing", "products"])
 @pytest.mark.parametrize("options", [{}, LOSSES, {"capacity_factor": 0.75}], ids=str)
-def test_one_exchange_of_counts_and_one_of_data_in_each_direction(monkeypatch, fold, keep, again, options):
-    """And of counts none in backward, nor where the layer is computed again."""
+def test_one_exchange_of_counts_and_one_of_data_in_each_direction(monkeypatch, fold, keep, options):
+    """And of counts none in backward, nor where the layer is computed again; nor with those who need not know."""
     problem, layout = Problem(Routing(8, 2, **options)), Layout(fold=fold, keep=keep)
     wanted, seen = reference(problem), [[] for _ in range(4)]
 
     def spy(name, function):
-        def call(x, *args, **kwargs):
-            seen[commlayer.world().rank].append((name, x.dtype, x.requires_grad))
-            return function(x, *args, **kwargs)
+        def call(x, *args, group, **kwargs):
+            seen[commlayer.world().rank].append((name, x.dtype, group.size))
+            return function(x, *args, group=group, **kwargs)
 
         return call
 
@@ -352,13 +368,12 @@ def test_one_exchange_of_counts_and_one_of_data_in_each_direction(monkeypatch, f
     for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
         monkeypatch.setattr(commlayer, name, spy(name, getattr(commlayer, name)))
     for forward, backward in run_local(rank, 4):
-        assert forward[0] == ("all_gather", torch.int64, False)
+        assert forward[0] == ("all_gather", torch.int64, 2 if fold == "ep=2" and not options else 4)
         assert {dtype for _, dtype, _ in forward[1:] + backward} == {torch.float64}
-        etp = fold != "ep=4"  # whose ranks gather rows, and add up results
+        etp = "etp" in fold  # whose ranks gather rows, and add up results
         there, back = ["all_to_all", *["all_gather"] * etp], [*["reduce_scatter"] * etp, "all_to_all"]
         assert [name for name, *_ in forward[1:]] == there + back
-        if again:
-            again = there + back
+        again = there + back if keep == "nothing" else []
         assert [name for name, *_ in backward] == again + there + back
 
 
@@ -518,6 +533,23 @@ def test_bfloat16_keeps_the_bias_in_float32():
     y, load = layer(torch.ones(3, EMBED, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
     assert load.counts.sum() == 6
+
+
+def test_backward_twice_through_the_same_graph():
+    problem = Problem(Routing(8, 2), (5, 3), shared=1)
+    wanted = reference(problem)
+
+    def rank():
+        layout = Layout("dp=2 cp=1 tp=1", "ep=2")
+        layer = Layer(problem, layout, *meshes(layout), wanted.model)
+        share, _ = tokens_of(problem, layout, Mesh(layout.mesh))
+        loss = (layer(wanted.x.detach()[share])[0] * wanted.v[share]).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        for p, q in zip(layer.moe.experts.parameters(), wanted.model.experts.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, part_of(2 * q.grad, p), **CLOSE)
+
+    run_local(rank, 2)
 
 
 def test_without_gradients():

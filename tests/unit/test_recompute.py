@@ -153,6 +153,46 @@ def test_once_within_a_checkpoint_within_another():
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("keep", ["nothing", "products"])
+def test_products_are_kept_around_another_checkpoint(keep):
+    """What the inner one communicates, with tensor operations that differ between ranks, is hidden from the outer."""
+
+    def rank():
+        mesh = Mesh("dp=2")
+        layer = MoE(EMBED, 6, Routing(4, 2), mesh=mesh.fold("ep=2"))
+        x = rand(5 + mesh.rank("dp"), EMBED, seed=1, dtype=torch.float32)
+
+        def inner(x):
+            return layer(x.sin())[0]
+
+        found = []
+        for function in (inner, lambda x: checkpoint(lambda x: checkpoint(inner, x, keep=keep), x, keep="products")):
+            points = x.clone().requires_grad_()
+            function(points).square().sum().backward()
+            found.append(points.grad)
+        torch.testing.assert_close(*found)
+
+    for _ in range(5):
+        run_local(rank, 2)
+
+
+def test_a_kept_result_that_is_changed_in_place_is_an_error():
+    def rank():
+        group = commlayer.world()
+        mlp = ParallelMLP(EMBED, 10, group=group, bias=False)
+
+        def function(x):
+            y = mlp(x)
+            y += x
+            return y.sin()
+
+        y = checkpoint(function, torch.ones(3, EMBED, requires_grad=True), keep="products")
+        with pytest.raises(RuntimeError, match="was changed in place"):
+            y.sum().backward()
+
+    run_local(rank, 2)
+
+
 def test_an_error_within_leaves_nothing_behind():
     def fail(x):
         once(lambda: 1)
