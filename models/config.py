@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 SHIPPED = Path(__file__).parent / "configs"
 
-CHOICES = {"amp": ("none", "bf16", "fp16"), "context": ("ring", "all_gather", "ulysses")}
+CHOICES = {
+    "task": ("forecast", "language"),
+    "amp": ("none", "bf16", "fp16"),
+    "context": ("ring", "all_gather", "ulysses"),
+    "recompute": ("none", "selective", "full"),
+}
+
+# Keys that only one task reads: with another they keep their defaults.
+ONLY = {"forecast": ("latitude_weighted", "variable"), "language": ("experts",)}
 
 # What may change when a run goes on from a checkpoint: where things are, and what is shown and kept. Any other key
 # shapes the numbers. (The mesh is compared as a whole, with -1 filled in.)
 FREE = (
     *("name", "output", "resume", "mesh", "order", "variable", "require_skill"),
-    *("log_every", "validate_every", "save_every", "keep"),
+    *("log_every", "validate_every", "validate_steps", "save_every", "keep"),
     *("data.workers", "data.prefetch", "data.root", "data.files"),
 )
 
@@ -42,11 +51,16 @@ class Optimizer:
 class Config:
     """One training run.
 
-    ``data`` is ``source`` (of ``models.setup.SOURCES``), ``workers`` and ``prefetch`` (batches per worker), and the
-    arguments of that source's function; ``model`` is ``size`` (of ``models.vit.SIZES``) and whatever differs from
-    it. ``batch`` is global: the ranks share it.
+    ``data`` has ``workers`` and ``prefetch`` (batches per worker), and
+
+    - for forecasts: ``source`` (of ``models.tasks.forecast.SOURCES``) and the arguments of that source's function;
+    - for language: the arguments of ``models.data.text.text_sequences``.
+
+    ``model`` is ``size`` (of ``models.vit.SIZES`` or ``models.moe.SIZES``) and whatever differs from it. ``batch`` is
+    global: the ranks share it.
     """
 
+    task: str = "forecast"  # what is trained: forecast (a ViT, on fields) or language (a decoder, on bytes of text)
     name: str = "run"
     output: str = "runs/run"
     resume: str = ""  # a checkpoint, or the output folder of a run; auto: the newest in output, if there is one
@@ -55,9 +69,10 @@ class Config:
     tf32: bool = True  # float32 products in TF32, on GPUs that have it
     mesh: str = "dp=-1"  # sizes of the axes dp, cp and tp; -1: all ranks that are left
     order: str = ""  # of the axes, fastest first; "": tp-cp-dp
+    experts: str = ""  # the same ranks as the experts see them, "ep=4 etp=1"; "": every rank has all experts
     sequence_parallel: bool = False
     context: str = "ring"  # attention over cp: ring, all_gather or ulysses
-    recompute: bool = False  # blocks run again in backward instead of keeping their activations
+    recompute: str = "none"  # what backward computes again: none, full (blocks), selective (all but products)
     compile: bool = False
     amp: str = "none"  # mixed precision: none, bf16 or fp16
     epochs: int = 10
@@ -66,26 +81,34 @@ class Config:
     accumulate: int = 1  # micro-batches per step: the same gradients in less memory
     log_every: int = 10  # steps; also how often SIGTERM is looked for
     validate_every: int = 1  # epochs
+    validate_steps: int = 0  # if set, the steps between validations, instead of epochs
     save_every: int = 0  # steps between checkpoints; 0: only when SIGTERM ends the run
     keep: int = 2  # the newest checkpoints that stay
     latitude_weighted: bool = True  # loss and RMSE weighted by cos(latitude), the area of a grid cell
     variable: str = ""  # the channel for headlines and pictures; "": the first
-    require_skill: bool = False  # exit status 1 unless the forecast beats persistence
+    require_skill: bool = False  # exit status 1 unless it beats persistence, or the byte bigram
     bucket_mb: float = 25.0
-    data: dict[str, Any] = field(default_factory=lambda: {"source": "netcdf"})
-    model: dict[str, Any] = field(default_factory=lambda: {"size": "demo"})
+    data: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     optimizer: Optimizer = field(default_factory=Optimizer)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "accumulate", "log_every", "validate_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        for name in ("steps", "save_every"):
+        for name in ("steps", "save_every", "validate_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        for task, names in ONLY.items():
+            for name in names:
+                if task != self.task and getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f"{name}: is for task {task}, and this is {self.task}; got {getattr(self, name)!r}"
+                    )
 
 
 def load(name: str, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> Config:
@@ -97,7 +120,9 @@ def load(name: str, overrides: Sequence[str] = (), options: Mapping[str, Any] | 
             raise ValueError(f"override: expected key=value, got {override!r}")
         _set(tree, key, _yaml().safe_load(value))
     tree |= options or {}
-    config: Config = _typed(tree, Config(), "")
+    if isinstance(tree.get("recompute"), bool):  # all or nothing, and how YAML reads yes and no
+        tree["recompute"] = "full" if tree["recompute"] else "none"
+    config: Config = typed(tree, Config(), "")
     return config
 
 
@@ -130,7 +155,24 @@ def section(given: Any, defaults: Mapping[str, Any], where: str) -> dict[str, An
             near = difflib.get_close_matches(str(key), defaults, 1)
             hint = f"did you mean '{near[0]}'? " if near else ""
             raise ValueError(f"unknown key '{where}{key}': {hint}known here: {', '.join(defaults)}")
-    return {key: _typed(value, defaults[key], where + key) for key, value in given.items()}
+    return {key: typed(value, defaults[key], where + key) for key, value in given.items()}
+
+
+def arguments(
+    function: Callable[..., Any], given: Any, where: str, others: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A section as the arguments of ``function``, which have the types of its defaults.
+
+    ``others``: keys that may stand there too, with their defaults, and are left out. ValueError as of :func:`section`,
+    and for a missing argument.
+    """
+    parameters = inspect.signature(function).parameters
+    defaults = {name: None if p.default is p.empty else p.default for name, p in parameters.items()}
+    settings = section(given, {**defaults, **(others or {})}, where)
+    for name, p in parameters.items():
+        if p.default is p.empty and name not in settings:
+            raise ValueError(f"{where}{name}: missing, and it has no default")
+    return {name: value for name, value in settings.items() if name in defaults}
 
 
 def _find(name: str) -> Path:
@@ -161,10 +203,11 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _typed(value: Any, default: Any, key: str) -> Any:
+def typed(value: Any, default: Any, key: str) -> Any:
+    """``value`` of the type of ``default``; of a dataclass, which a section may change, a copy with the changes."""
     if is_dataclass(default) and not isinstance(default, type):
         defaults = {f.name: getattr(default, f.name) for f in fields(default)}
-        return type(default)(**section(value, defaults, f"{key}." if key else ""))
+        return replace(default, **section(value, defaults, f"{key}." if key else ""))
     if isinstance(default, float) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 3e-4, without a point, as text
@@ -172,7 +215,7 @@ def _typed(value: Any, default: Any, key: str) -> Any:
             pass
     elif isinstance(default, (list, tuple)):
         if isinstance(value, list) and len(value) == len(default):
-            return [_typed(v, d, f"{key}[{i}]") for i, (v, d) in enumerate(zip(value, default, strict=True))]
+            return [typed(v, d, f"{key}[{i}]") for i, (v, d) in enumerate(zip(value, default, strict=True))]
     elif default is None or type(value) is type(default):
         return value
     expected = f"a list like {list(default)}" if isinstance(default, (list, tuple)) else type(default).__name__

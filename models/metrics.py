@@ -6,7 +6,7 @@ Legend: B batch, C channels, X = history · C input channels, H × W grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,30 +70,3 @@ def scores(
     means = (total[:-1] / total[-1]).view(sums.shape)
     rows = zip(forecasts, means[:, :C].sqrt().tolist(), means[:, C].tolist(), strict=True)
     return {name: Score(rmse, loss) for name, rmse, loss in rows}
-
-
-class Mean:
-    """The mean loss over samples of all ranks, gathered step by step without communication until it is asked for."""
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-        self.total = torch.zeros(1, dtype=torch.float64, device=group.device)
-        self.count = 0
-
-    def add(self, total: Tensor, count: int) -> None:
-        """The sum of this rank's losses, and the number of samples on all ranks."""
-        self.total += total
-        self.count += count
-
-    def take(self) -> float:
-        """The mean since it was last taken. Collective."""
-        mean = commlayer.all_reduce(self.total, group=self.group).item() / self.count
-        self.load_state_dict({"total": 0.0, "count": 0})
-        return mean
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"total": self.total.item(), "count": self.count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.total.fill_(state["total"])
-        self.count = state["count"]

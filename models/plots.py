@@ -1,4 +1,4 @@
-"""Pictures of a run: the loss curve, and a forecast beside the truth."""
+"""Pictures of a run: the loss curve, a forecast beside the truth, the load of experts."""
 
 from __future__ import annotations
 
@@ -13,25 +13,33 @@ def loss_curve(
     curve: list[dict[str, float]],
     history: list[dict[str, float]],
     rivals: dict[str, float],
-    unit: str,
+    *,
+    key: str,
+    name: str,
+    loss: str,
+    label: str,
 ) -> None:
-    """Loss and validation RMSE by step; ``rivals`` are horizontal lines."""
+    """Loss and validation score by step.
+
+    ``key``: of the score in the history, of the model ``name``; ``rivals`` are horizontal lines. ``loss`` and ``label``
+    say what is on the axes.
+    """
     figure, (left, right) = _pyplot().subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     steps = [entry["step"] for entry in history]
     trained = [entry for entry in history if "loss" in entry]  # the first entry is from before training
     left.plot([entry["step"] for entry in curve], [entry["loss"] for entry in curve], color="C0", alpha=0.3)
     left.plot([e["step"] for e in trained], [e["loss"] for e in trained], marker=".", color="C0", label="training")
     left.plot(steps, [entry["validation_loss"] for entry in history], marker=".", color="black", label="validation")
-    left.set(xlabel="step", ylabel="loss (normalised)", title="Loss")
+    left.set(xlabel="step", ylabel=loss, title="Loss")
     left.legend(fontsize="small")
-    right.plot(steps, [entry["rmse"] for entry in history], marker=".", color="black", label="ViT")
+    right.plot(steps, [entry[key] for entry in history], marker=".", color="black", label=name)
     best = min(rivals.values())
-    for i, (name, value) in enumerate(rivals.items()):
+    for i, (rival, value) in enumerate(rivals.items()):
         if value < 2 * best:  # a far worse one would flatten the rest
-            right.axhline(value, linestyle="--", color=f"C{i}", label=f"{name}: {value:.2f}")
+            right.axhline(value, linestyle="--", color=f"C{i}", label=f"{rival}: {value:.2f}")
         else:
-            right.plot([], [], " ", label=f"({name}: {value:.2f})")
-    right.set(xlabel="step", ylabel=_with_unit("validation RMSE", unit), title="Validation")
+            right.plot([], [], " ", label=f"({rival}: {value:.2f})")
+    right.set(xlabel="step", ylabel=f"validation {label}", title="Validation")
     right.legend(fontsize="small")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -91,6 +99,28 @@ def forecast_map(
         axes.label_outer()
         figure.colorbar(mesh, ax=axes, label=label, shrink=0.9)
     figure.suptitle(title)
+    _save(figure, path)
+
+
+def expert_loads(path: Path, loads: dict[int, list[int]], drop_rate: float) -> None:
+    """How often each expert was chosen, over the mean, a panel for each layer of ``loads``."""
+    columns = min(len(loads), 4)
+    rows = -(-len(loads) // columns)
+    size = (2.8 * columns + 0.6, 2.2 * rows + 0.6)
+    figure, grid = _pyplot().subplots(
+        rows, columns, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
+    )
+    for axes in grid.flat[len(loads) :]:
+        axes.remove()
+    for axes, (layer, counts) in zip(grid.flat, loads.items(), strict=False):
+        axes.bar(range(len(counts)), np.array(counts) / np.mean(counts), width=0.8)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_title(f"layer {layer}", fontsize="medium")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3, axis="y")
+    figure.supxlabel("expert")
+    figure.supylabel("load over mean")
+    figure.suptitle(f"Load of the experts since the validation before; {drop_rate:.1%} dropped", fontsize="medium")
     _save(figure, path)
 
 

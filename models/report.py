@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from models.metrics import Score
 from models.trainer import Trainer
 from parallel.placement import full_shape
 
@@ -19,16 +18,13 @@ from parallel.placement import full_shape
 class Reporter:
     """A live bar on a terminal, else a line per validation; silent on every rank but 0.
 
-    ``others``: the scores of the forecasts that need no training.
+    ``rivals``: the scores of what needs no training.
     """
 
-    def __init__(self, trainer: Trainer, others: dict[str, Score]) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Trainer, rivals: dict[str, Any]) -> None:
+        self.trainer, self.rivals = trainer, rivals
         self.first = trainer.world.rank == 0
         self.console = Console(quiet=not self.first)
-        self.persistence = others["persistence"].rmse[trainer.shown]
-        unit = trainer.data.units[trainer.shown]
-        self.unit = f" {unit}" if unit else ""
         self.curves: Any = None
         self._bar = Progress(
             BarColumn(bar_width=20),
@@ -62,30 +58,33 @@ class Reporter:
     def logged(self) -> None:
         """The last entry of the curve."""
         trainer, entry = self.trainer, self.trainer.curve[-1]
+        rates = trainer.task.rates(entry[f"{trainer.task.unit}_per_second"])
         values = {
             "loss/training": entry["loss"],
             "training/learning rate": trainer.rate(trainer.step - 1),
             "training/gradient norm": entry["gradient_norm"],
-            "training/samples per second": entry["samples_per_second"],
+            **{f"training/{name.replace('_', ' ')}": rate for name, rate in rates.items()},
         }
         if trainer.scaler.is_enabled():
             values["training/loss scale"] = trainer.scaler.get_scale()
         self._scalars(values)
 
-    def validated(self, score: Score) -> None:
+    def validated(self, score: Any) -> None:
         """The last entry of the history, and the score that it comes from."""
         trainer, entry = self.trainer, self.trainer.history[-1]
-        text = f"RMSE {entry['rmse']:.3f}{self.unit} (persistence {self.persistence:.3f})"
-        rate = f"{trainer.samples_per_second:.0f} samples/s" if trainer.step else ""
+        text = trainer.task.line(entry, self.rivals)
+        rate = self._speed() if trainer.step else ""
+        place = f"step {entry['step']}" if trainer.config.validate_steps else f"epoch {entry['epoch']}"
         if self.console.is_terminal:
             self._bar.update(self._task, description=f"{text} {rate}")
         elif trainer.step:
-            self.say(f"epoch {entry['epoch']}  loss {entry['loss']:.4f}  {text}  {rate}")
+            self.say(f"{place}  loss {entry['loss']:.4f}  {text}  {rate}")
         else:
             self.say(f"before training: {text}")
-        names = zip(trainer.data.channels, trainer.data.units, score.rmse, strict=True)
-        values = {f"RMSE/{name} [{unit}]" if unit else f"RMSE/{name}": value for name, unit, value in names}
-        self._scalars({"loss/validation": score.loss, **values})
+        self._scalars({"loss/validation": entry["validation_loss"], **trainer.task.scalars(score)})
+        if self.curves is not None:
+            for name, counts in trainer.task.histograms().items():
+                _histogram(self.curves, name, counts, trainer.step)
 
     def memory(self, marks: dict[str, list[int]]) -> None:
         """High-water marks of all ranks: the highest of each."""
@@ -93,23 +92,20 @@ class Reporter:
         self.say(f"memory of a rank at most: {', '.join(parts)}")
 
     def finished(self, metrics: dict[str, Any]) -> None:
-        """RMSE of each forecast, and its skill 1 - RMSE / RMSE of persistence."""
-        title = f"Forecasts of {metrics['variable']}, {metrics['validation_samples']} validation samples"
-        table = Table(title=title, title_justify="left")
-        table.add_column("forecast")
-        table.add_column("RMSE", justify="right")
-        table.add_column("better than persistence by", justify="right")
-        for name, value in metrics["rmse"].items():
-            skill = "" if name == "persistence" else f"{1 - value / metrics['rmse']['persistence']:+.1%}"
-            table.add_row(name, f"{value:.3f}{self.unit}", skill, style="bold" if name == "ViT" else None)
-        self.console.print(table)
+        """The scores side by side, and how long it took."""
+        self.console.print(self.trainer.task.table(metrics))
         self.say(
-            f"{metrics['samples_per_second']:.0f} training samples/s, {metrics['seconds']:.0f} s in all; "
+            f"{self._speed('training ')}, {metrics['seconds']:.0f} s in all; "
             f"pictures and metrics in {self.trainer.config.output}/"
         )
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _speed(self, what: str = "") -> str:
+        rates, unit = self.trainer.speed, self.trainer.task.unit
+        used = f", MFU {rates['mfu']:.1%}" if "mfu" in rates else ""
+        return f"{rates[f'{unit}_per_second']:.0f} {what}{unit}/s{used}"
 
     def _scalars(self, values: dict[str, float]) -> None:
         if self.curves is not None:
@@ -119,13 +115,13 @@ class Reporter:
 
 def _headline(trainer: Trainer) -> str:
     size, config = trainer.world.size, trainer.config
-    axes = " ".join(f"{axis}={extent}" for axis, extent in trainer.mesh.sizes.items() if extent > 1)
-    parameters = sum(math.prod(full_shape(p)) for p in trainer.vit.parameters())
+    sizes = {**trainer.mesh.sizes, "ep": trainer.experts.size("ep"), "etp": trainer.experts.size("etp")}
+    axes = " ".join(f"{axis}={extent}" for axis, extent in sizes.items() if extent > 1)
+    parameters = sum(math.prod(full_shape(p)) for p in trainer.model.parameters())
     return (
         f"{config.name}: {size} rank{'s' * (size > 1)} {f'({axes}) ' if axes else ''}on {trainer.world.backend} "
-        f"({trainer.device}), ViT of {parameters / 1e6:.2f} M parameters on "
-        f"{' × '.join(map(str, trainer.data.grid))} points, {len(trainer.data)} training and "
-        f"{len(trainer.validation)} validation samples{f', from step {trainer.step}' if trainer.step else ''}"
+        f"({trainer.device}), {trainer.task.name} of {parameters / 1e6:.2f} M parameters on "
+        f"{trainer.task.describe()}{f', from step {trainer.step}' if trainer.step else ''}"
     )
 
 
@@ -136,3 +132,19 @@ def _curves(folder: Path, step: int) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+
+def _histogram(writer: Any, name: str, counts: Sequence[int], step: int) -> None:
+    """``counts[i]``: how often i came up."""
+    numbers = range(len(counts))
+    writer.add_histogram_raw(
+        name,
+        min=0,
+        max=len(counts) - 1,
+        num=sum(counts),
+        sum=sum(i * count for i, count in zip(numbers, counts, strict=True)),
+        sum_squares=sum(i * i * count for i, count in zip(numbers, counts, strict=True)),
+        bucket_limits=[i + 0.5 for i in numbers],
+        bucket_counts=list(counts),
+        global_step=step,
+    )

@@ -1,86 +1,36 @@
-"""From a configuration to what a run is made of: fields, mesh, model. Each refuses what it cannot use by its key."""
+"""From a configuration to where a run happens and goes on. Each refuses what it cannot use by its key."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from commlayer import Group, Mesh
 from models import checkpoint
 from models import config as configuration
 from models.config import Config
-from models.data.era5 import era5_pairs
-from models.data.fields import FieldPairs, netcdf_pairs
-from models.data.synthetic import synthetic_pairs
-from models.vit import SIZES, ViT, ViTConfig
-from parallel.rng import Streams
+from models.tasks.forecast import Forecasting
+from models.tasks.language import LanguageModelling
+from models.tasks.task import Task
 
-SOURCES: dict[str, Callable[..., tuple[FieldPairs, FieldPairs]]] = {
-    "netcdf": netcdf_pairs,
-    "era5": era5_pairs,
-    "synthetic": synthetic_pairs,
-}
-LOADING = {"workers": 0, "prefetch": 2}  # of `data`, for every source
+TASKS: dict[str, type[Task]] = {"forecast": Forecasting, "language": LanguageModelling}
 
 AXES = ("dp", "cp", "tp")
 
 CHECKPOINTS = "checkpoints"  # the folder in that of the output
 
 
-def load_data(config: Config) -> tuple[FieldPairs, FieldPairs]:
-    """The training and the validation pairs that ``config.data`` describes."""
-    settings = dict(config.data)
-    source = settings.pop("source", None)
-    if source not in SOURCES:
-        raise ValueError(f"data.source: expected one of {', '.join(SOURCES)}, got {source!r}")
-    parameters = inspect.signature(SOURCES[source]).parameters.values()
-    known = {p.name: None if p.default is p.empty else p.default for p in parameters}
-    settings = configuration.section(settings, known | LOADING, "data.")
-    for p in parameters:
-        if p.default is p.empty and p.name not in settings:
-            raise ValueError(f"data.{p.name}: missing; source {source} needs it")
-    train, validation = SOURCES[source](**{key: value for key, value in settings.items() if key not in LOADING})
-    if config.variable and config.variable not in train.channels:
-        raise ValueError(f"variable: expected one of {', '.join(train.channels)}, got {config.variable!r}")
-    return train, validation
+def build_meshes(config: Config, group: Group) -> tuple[Mesh, Mesh]:
+    """The ranks of ``group`` along dp, cp and tp, and the same ranks along etp, ep and edp, as experts see them.
 
-
-def build_mesh(config: Config, group: Group) -> Mesh:
-    """The ranks of ``group`` along dp, cp and tp; an axis that ``config.mesh`` leaves out has size 1."""
+    An axis that ``config.mesh`` leaves out has size 1, and so has ep.
+    """
     named = [size.partition("=")[0] for size in config.mesh.split()]
     if wrong := [axis for axis in named if axis not in AXES]:
         raise ValueError(f"mesh: the axes are {', '.join(AXES)}; got {wrong[0]!r} in {config.mesh!r}")
     spec = " ".join([config.mesh, *(f"{axis}=1" for axis in AXES if axis not in named)])
-    return Mesh(spec, config.order or None, group)
-
-
-def build_model(config: Config, data: FieldPairs, mesh: Mesh | None = None, streams: Streams | None = None) -> ViT:
-    """The ViT that ``config.model`` describes, for these data: this rank's part of it on a mesh.
-
-    All parts together are the same model as without a mesh, bit for bit.
-    """
-    shape = {"grid": data.grid, "in_channels": data.in_channels, "out_channels": len(data.channels)}
-    known = {field.name: field.default for field in dataclasses.fields(ViTConfig) if field.name not in shape}
-    settings = configuration.section(config.model, known | {"size": "", "patch": None}, "model.")
-    size = settings.pop("size", "demo")
-    if size not in SIZES:
-        raise ValueError(f"model.size: expected one of {', '.join(SIZES)}, got {size!r}")
-    made = ViTConfig.named(size, **settings, **shape)
-    if config.compile and made.dropout:
-        raise ValueError(f"compile: with model.dropout {made.dropout} it cannot be; model.drop_path can")
-    torch.manual_seed(config.seed)
-    return ViT(
-        made,
-        mesh,
-        streams=streams,
-        sequence_parallel=config.sequence_parallel,
-        context=config.context,
-        recompute=config.recompute,
-    )
+    mesh = Mesh(spec, config.order or None, group)
+    return mesh, mesh.fold(config.experts or "ep=1")
 
 
 def find_checkpoint(config: Config, mesh: Mesh) -> Path | None:

@@ -1,11 +1,12 @@
-"""Train a ViT to forecast gridded fields, on any number of ranks::
+"""Train a ViT to forecast gridded fields, or a language model on text, on any number of ranks::
 
     python -m models.train --config demo                                       # one process
     mpiexec -n 2 python -m models.train --config demo epochs=10                # or torchrun, srun, …
+    mpiexec -n 2 python -m models.train --config text_demo --experts ep=2      # a mixture of experts, spread over ranks
     srun python -m models.train --config vit_mp --mesh "dp=-1 tp=4" --amp bf16 --compile --resume
 
-Writes into the output folder: loss.png, forecast.png, metrics.json, config.yaml, model.pt (the whole model, whatever
-the mesh), tensorboard/ and checkpoints/.
+Writes into the output folder: metrics.json, config.yaml, model.pt (the whole model, whatever the mesh), loss.png and
+other pictures, sample.txt of a language model, tensorboard/ and checkpoints/.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from models import results
 from models.arguments import Arguments
 from models.interruption import sigterm_on
 from models.memory import of_all_ranks
-from models.metrics import Score, rivals
 from models.report import Reporter
-from models.setup import build_mesh, build_model, find_checkpoint, load_data
+from models.setup import TASKS, build_meshes, find_checkpoint
 from models.trainer import Trainer
 from parallel.rng import Streams
 
@@ -68,7 +68,7 @@ def _status(trainer: Trainer, metrics: dict[str, Any] | None) -> int:
     if metrics["skill"] > 0 or not trainer.config.require_skill:
         return 0
     if trainer.world.rank == 0:
-        print("error: the forecast does not beat persistence", file=sys.stderr)
+        print(f"error: {trainer.task.no_skill}", file=sys.stderr)
     return 1
 
 
@@ -79,12 +79,13 @@ def set_up(given: Arguments, group: Group) -> Trainer:
         torch.set_num_threads(config.threads)
     if config.tf32 and group.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    mesh = _agreed(lambda: build_mesh(config, group), group)
+    mesh, experts = _agreed(lambda: build_meshes(config, group), group)
     path = commlayer.broadcast_object(_agreed(lambda: find_checkpoint(config, mesh), group), group=group)
-    data, validation = _agreed(lambda: load_data(config), group)
+    kind = TASKS[config.task]
+    data = _agreed(lambda: kind.load(config), group)
     streams = Streams(config.seed, mesh)
-    vit = _agreed(lambda: build_model(config, data, mesh, streams), group)
-    trainer = _agreed(lambda: Trainer(config, vit, mesh, streams, data, validation), group)
+    task = _agreed(lambda: kind(config, data, mesh, experts, streams), group)
+    trainer = _agreed(lambda: Trainer(config, task, mesh, experts, streams), group)
     if path is not None:
         _agreed(lambda: trainer.resume(path), group)
     return trainer
@@ -108,9 +109,10 @@ def train(trainer: Trainer) -> dict[str, Any] | None:
 
     None, if SIGTERM came before the end: then there is a checkpoint to go on from.
     """
-    config, started, first = trainer.config, time.perf_counter(), trainer.step + 1
-    others = trainer.scores(rivals(trainer.validation, trainer.device))
-    with Reporter(trainer, others) as report, sigterm_on(trainer.world) as sigterm:
+    config, task, started, first = trainer.config, trainer.task, time.perf_counter(), trainer.step + 1
+    pace, period = f"{task.unit}_per_second", config.validate_steps or trainer.feed.steps
+    rivals = task.begin(trainer.validation_feed)
+    with Reporter(trainer, rivals) as report, sigterm_on(trainer.world) as sigterm:
         score = None if trainer.history else _validate(trainer, report)
         steps = trainer.feed.steps_from(trainer.step)
         samples, seconds = 0, 0.0  # since the last entry of the curve
@@ -119,21 +121,21 @@ def train(trainer: Trainer) -> dict[str, Any] | None:
             size, micro_batches = next(steps)
             norm = trainer.train_step(micro_batches, size)
             last = trainer.step == trainer.steps
-            epoch_ends = last or trainer.step % trainer.feed.steps == 0
-            logs = epoch_ends or trainer.step % config.log_every == 0
+            ends = last or trainer.step % period == 0
+            logs = ends or trainer.step % config.log_every == 0
             loss = trainer.recent_loss.take() if logs else 0.0  # waits for a GPU, so that the time is right
             samples, seconds = samples + size, seconds + time.perf_counter() - tick
             report.step()
             if trainer.step == first:
                 report.memory(of_all_ranks(trainer.memory, trainer.world))
             if logs:
-                entry = {"loss": loss, "gradient_norm": norm.item(), "samples_per_second": samples / seconds}
+                entry = {"loss": loss, "gradient_norm": norm.item(), pace: samples * task.per_sample / seconds}
                 trainer.curve.append({"step": trainer.step, **entry})
                 samples, seconds = 0, 0.0
                 report.logged()
-            if epoch_ends:
+            if ends:
                 loss = trainer.epoch_loss.take()
-                if last or trainer.epoch % config.validate_every == 0:
+                if last or trainer.step // period % config.validate_every == 0:
                     score = _validate(trainer, report, loss=loss)
             stop = logs and not last and sigterm()
             if stop or (config.save_every and (last or trainer.step % config.save_every == 0)):
@@ -141,16 +143,16 @@ def train(trainer: Trainer) -> dict[str, Any] | None:
             if stop:
                 report.say(f"SIGTERM: saved step {trainer.step} of {trainer.steps}; --resume goes on from there")
                 return None
-        score = score or trainer.scores({"ViT": trainer.forecast})["ViT"]  # resumed at its very end
-        metrics = results.metrics(trainer, {"ViT": score} | others, time.perf_counter() - started)
+        score = score or task.score(trainer.validation_feed)  # resumed at its very end
+        metrics = results.metrics(trainer, {task.name: score} | rivals, time.perf_counter() - started)
         report.finished(metrics)
     return metrics
 
 
-def _validate(trainer: Trainer, report: Reporter, **entry: float) -> Score:
-    """Add to the history; ``entry``: what else to put there."""
-    score = trainer.scores({"ViT": trainer.forecast})["ViT"]
-    entry |= {"validation_loss": score.loss, "rmse": score.rmse[trainer.shown]}
+def _validate(trainer: Trainer, report: Reporter, **entry: Any) -> Any:
+    """The score of the model, of which the history gets an entry; ``entry``: what else to put there."""
+    score = trainer.task.score(trainer.validation_feed)
+    entry |= trainer.task.entry(score)
     trainer.history.append({"epoch": trainer.epoch, "step": trainer.step, **entry})
     report.validated(score)
     return score

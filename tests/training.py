@@ -2,9 +2,12 @@
 
 import threading
 
+import torch
+
 import commlayer
 from models import config as configuration
-from models.setup import build_mesh, build_model, load_data
+from models.setup import TASKS, build_meshes, find_checkpoint
+from models.train import train
 from models.trainer import Trainer
 from parallel.rng import Streams
 
@@ -28,13 +31,52 @@ def made_up(folder, *overrides):
     return configuration.load("vit_synthetic", [f"output={folder}", *MADE_UP, *overrides])
 
 
+TINY = ["model.size=tiny", "data.seq_len=16", "data.validation=0.5", "data.max_bytes=300_000"]
+
+
+def language(folder, *overrides):
+    """A decoder with experts in one of two layers, on a text of 20 documents, which it makes; not in several threads."""
+    text = folder / "text"
+    if not text.exists():
+        text.mkdir(parents=True)
+        for i in range(20):
+            (text / f"{i}.txt").write_text(f"def add_{i}(x):\n    return x + {i}\n" * (3 + i % 5))
+    given = [f"output={folder}", f"data.root={text}", "steps=3", "batch=5", "log_every=1", "validate_steps=2"]
+    return configuration.load("text_demo", [*given, *TINY, *overrides])
+
+
 def trainer_of(config, data=None):
     """As the command builds it, on this rank of run_local."""
-    mesh = build_mesh(config, commlayer.world())
+    mesh, experts = build_meshes(config, commlayer.world())
     for axis in ("dp", "cp", "tp", "dp-cp"):
         mesh[axis]  # collective
-    data = data or load_data(config)
+    for axis in ("ep", "etp-ep-edp"):
+        experts[axis]
+    kind = TASKS[config.task]
+    data = data or kind.load(config)
     streams = Streams(config.seed, mesh)
     with _building:  # models start from torch's default generator, which threads share
-        vit = build_model(config, data[0], mesh, streams)
-    return Trainer(config, vit, mesh, streams, *data)
+        task = kind(config, data, mesh, experts, streams)
+    return Trainer(config, task, mesh, experts, streams)
+
+
+def state_of(folder, step, rank):
+    return torch.load(folder / f"checkpoints/step-{step:08}/rank-{rank:05}.pt")
+
+
+def same(a, b):
+    """Of any tree of tensors and numbers, without what depends on the clock, or on other threads."""
+    if isinstance(a, dict):
+        keys = a.keys() - {"samples_per_second", "tokens_per_second", "default"}
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in keys)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def run(config):
+    """As the command does, on a rank of run_local."""
+    trainer = trainer_of(config)
+    if (path := find_checkpoint(config, trainer.mesh)) is not None:
+        trainer.resume(path)
+    return train(trainer)

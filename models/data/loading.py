@@ -5,18 +5,29 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from models.data.fields import FieldPairs
 from models.data.sampling import ShardedBatches
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor]  # what the model sees, and what it should say
+
+LOADING = {"workers": 0, "prefetch": 2}  # keys of a configuration's `data`, whatever the source
+
+
+class Samples(Protocol):
+    """What can be trained on: a data set that makes batches itself, also of no samples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch: ...
+
+    def collate(self, samples: Sequence[Batch]) -> Batch: ...
 
 
 class Feed:
@@ -30,7 +41,7 @@ class Feed:
     """
 
     def __init__(
-        self, data: FieldPairs, shares: ShardedBatches, device: torch.device, *, workers: int = 0, prefetch: int = 2
+        self, data: Samples, shares: ShardedBatches, device: torch.device, *, workers: int = 0, prefetch: int = 2
     ) -> None:
         if workers < 0 or prefetch < 1:
             raise ValueError(f"workers, prefetch: at least 0 and 1, got {workers} and {prefetch}")

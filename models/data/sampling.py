@@ -65,6 +65,12 @@ class ShardedBatches(Sampler[list[int]]):
         """Samples of each step of a whole epoch, over all ranks: known without communication."""
         return [min(self.batch, self.samples - first) for first in range(0, self.samples, self.batch)]
 
+    def micro_sizes(self, size: int) -> list[int]:
+        """Samples of each micro-batch of a step of ``size``, over all ranks."""
+        rounds, rest = divmod(size, self.size * self.accumulate)  # of one sample for each rank and micro-batch
+        filled = [min(max(rest - micro * self.size, 0), self.size) for micro in range(self.accumulate)]
+        return [rounds * self.size + more for more in filled]
+
     def __iter__(self) -> Iterator[list[int]]:
         order = list(range(self.samples))
         if self.shuffle:

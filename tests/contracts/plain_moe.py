@@ -8,6 +8,7 @@ Routers: Shazeer et al. 2017 (arXiv:1701.06538), Fedus et al. 2021 (Switch, arXi
 """
 
 import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,9 @@ class PlainMoE(nn.Module):
         choices, weights, loss = self.router(tokens)
         room = math.inf
         if routing.capacity_factor:
-            room = math.ceil(routing.capacity_factor * len(tokens) * routing.top_k / routing.experts)
+            # Of 1.1 as it is written, which as a binary number is a little more: 1.1 · 10 leaves room for 11.
+            factor = Fraction(str(routing.capacity_factor))
+            room = math.ceil(factor * len(tokens) * routing.top_k / routing.experts)
         rows = [torch.zeros_like(token) for token in tokens]
         counts, dropped = [0] * routing.experts, 0
         for t in range(len(tokens)) if order is None else order:

@@ -9,19 +9,24 @@ import torch
 from models import arguments
 from models.train import set_up, train
 from models.trainer import Trainer
-from tests.training import MADE_UP
+from tests.training import MADE_UP, TINY
 
 pytest.importorskip("yaml")
 
 
-def test_resumed_after_sigterm_on_one_rank(everyone, shared_folder, monkeypatch):
+FORECAST = ["--config", "vit_synthetic", *MADE_UP, "batch=9", "epochs=2", "model.dropout=0.1", "model.drop_path=0.2"]
+LANGUAGE = ["--config", "text_demo", *TINY, "batch=9", "steps=4", "validate_steps=2", "model.routing.bias_rate=0.01"]
+
+
+@pytest.mark.parametrize("task", ["forecast", "language"])
+def test_resumed_after_sigterm_on_one_rank(task, everyone, shared_folder, monkeypatch):
     tp = 2 if everyone.size % 2 == 0 else 1
-    options = ["--config", "vit_synthetic", "--mesh", f"dp=-1 tp={tp}", *MADE_UP, "batch=9", "epochs=2", "log_every=1"]
-    options += ["model.dropout=0.1", "model.drop_path=0.2"]
+    options = ["--mesh", f"dp=-1 tp={tp}", "log_every=1"]
+    options += FORECAST if task == "forecast" else [*LANGUAGE, "--experts", f"ep={min(everyone.size, 4)}"]
 
     def run(name, *more):
         trainer = set_up(arguments.parse([*options, "--output", str(shared_folder / name), *more]), everyone)
-        return train(trainer), [p.detach().clone() for p in trainer.vit.parameters()]
+        return train(trainer), [p.detach().clone() for p in trainer.model.parameters()]
 
     whole, expected = run("whole")
     step = Trainer.train_step

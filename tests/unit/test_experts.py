@@ -117,6 +117,22 @@ def test_each_expert_is_an_mlp_for_its_rows(gated):
         run_local(rank, ranks)
 
 
+def test_autocast():
+    """The products are those of half precision, and so are what they keep, and what is sent on."""
+    experts, x = Experts(8, 8, 2), rand(3, 8, dtype=torch.float32).requires_grad_()
+    kept = []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        y = experts(x, (1, 2))
+    assert y.dtype == torch.bfloat16
+    assert {t.dtype for t in kept if t.is_floating_point()} == {torch.bfloat16}
+    torch.testing.assert_close(y.float(), experts(x, (1, 2)), rtol=3e-2, atol=3e-3)
+    y.sum().backward()
+    assert {t.grad.dtype for t in (x, experts.up, experts.down)} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trap_8_first_values_are_the_serial_ones_bit_for_bit(dtype):
     """Each expert is drawn as a linear layer is, whoever has it; in a part of the ranks, and of uneven parts too."""

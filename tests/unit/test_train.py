@@ -13,12 +13,14 @@ from models import config as configuration
 from models import results
 from models.metrics import cell_weights, rivals, scores
 from models.optimizer import learning_rate
-from models.setup import build_model, load_data
+from models.tasks.forecast import build_model, load_data
 from models.train import main, train
 from tests.training import SMALL, made_up, real, trainer_of
 
 pytest.importorskip("h5py")
 pytest.importorskip("iris_sample_data")
+
+SHIPPED = ["demo", "moe_debug", "moe_deepseek_1b", "text_demo", "vit_era5", "vit_mp", "vit_synthetic"]
 
 
 def test_any_number_of_ranks_trains_alike(tmp_path):
@@ -28,7 +30,7 @@ def test_any_number_of_ranks_trains_alike(tmp_path):
 
     def rank():
         trainer = trainer_of(config, data)
-        return train(trainer), {name: p.detach().clone() for name, p in trainer.vit.named_parameters()}
+        return train(trainer), {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
     ((alone, serial),) = run_local(rank, ranks=1)
     for metrics, parameters in run_local(rank, ranks=3):
@@ -96,7 +98,7 @@ def test_the_whole_model_is_written_from_any_mesh(tmp_path):
         trainer = trainer_of(config, data)
         metrics = train(trainer)
         results.write(trainer, metrics)
-        return trainer.forecast(data[1][0][0][None]), metrics["parameters"]
+        return trainer.task.forecast(data[1][0][0][None]), metrics["parameters"]
 
     (forecast, parameters), _ = run_local(rank, ranks=2)
     vit = build_model(config, data[0]).eval()
@@ -184,7 +186,7 @@ def test_named_options_are_keys(tmp_path):
 
 def test_wrong_configurations(tmp_path, capsys):
     assert main(["--config", "nowhere"]) == 2
-    assert "no shipped configuration of this name (demo, vit_era5, vit_mp, vit_synthetic)" in capsys.readouterr().err
+    assert f"no shipped configuration of this name ({', '.join(SHIPPED)})" in capsys.readouterr().err
     assert main(["--config", "vit_era5"]) == 2
     assert "root: era5 is not a folder" in capsys.readouterr().err
     (tmp_path / "list.yaml").write_text("[1, 2]")
@@ -195,7 +197,9 @@ def test_wrong_configurations(tmp_path, capsys):
     assert "broken.yaml: not valid YAML" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["demo", "vit_era5", "vit_mp", "vit_synthetic"])
+@pytest.mark.parametrize(
+    "name", ["demo", "moe_debug", "moe_deepseek_1b", "text_demo", "vit_era5", "vit_mp", "vit_synthetic"]
+)
 def test_shipped_configurations_are_read_and_written_back(name, tmp_path):
     config = configuration.load(name)
     assert config.name == name

@@ -12,9 +12,9 @@ import commlayer
 from commlayer import Mesh, run_local
 from models import checkpoint
 from models.setup import find_checkpoint
-from models.train import STOPPED, main, train
+from models.train import STOPPED, main
 from models.trainer import Trainer
-from tests.training import MADE_UP, made_up, trainer_of
+from tests.training import MADE_UP, made_up, run, same, state_of, trainer_of
 
 # Three steps an epoch, the last one uneven; everything that draws numbers or keeps a state takes part.
 RUN = [
@@ -26,28 +26,6 @@ RUN = [
     "accumulate=2",
     "optimizer.lr=3e-3",
 ]
-
-
-def state_of(folder, step, rank):
-    return torch.load(folder / f"checkpoints/step-{step:08}/rank-{rank:05}.pt")
-
-
-def same(a, b):
-    """Of any tree of tensors and numbers, without what depends on the clock, or on other threads."""
-    if isinstance(a, dict):
-        keys = a.keys() - {"samples_per_second", "default"}
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in keys)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def run(config):
-    """As the command does, on a rank of run_local."""
-    trainer = trainer_of(config)
-    if (path := find_checkpoint(config, trainer.mesh)) is not None:
-        trainer.resume(path)
-    return train(trainer)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +132,7 @@ def test_the_newest_stay(tmp_path):
 
 def test_what_ranks_have_alike_is_saved_once(tmp_path):
     run_local(lambda: trainer_of(made_up(tmp_path, *RUN)).save(), ranks=2)
-    assert state_of(tmp_path, 0, 0)["shared"]["vit"]
+    assert state_of(tmp_path, 0, 0)["shared"]["model"]
     assert state_of(tmp_path, 0, 1)["shared"] is None
 
 

@@ -14,9 +14,10 @@ from commlayer import run_local
 from models.config import Optimizer
 from models.data.loading import Feed
 from models.data.sampling import ShardedBatches
-from models.metrics import Mean, cell_weights
+from models.mean import Mean
+from models.metrics import cell_weights
 from models.optimizer import learning_rate
-from models.setup import build_model, load_data
+from models.tasks.forecast import build_model, load_data
 from models.train import train
 from tests.training import made_up, trainer_of
 
@@ -66,7 +67,7 @@ def test_micro_batches_and_ranks_make_one_batch(tmp_path, ranks, accumulate):
             size, micro_batches = next(steps)
             norm = trainer.train_step(micro_batches, size).item()
             found.append((trainer.recent_loss.take(), norm))
-        return found, {name: p.detach().clone() for name, p in trainer.vit.named_parameters()}
+        return found, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
     for found, parameters in run_local(rank, ranks=ranks):
         assert found == [pytest.approx(pair, rel=1e-5) for pair in zip(losses, norms, strict=True)]
@@ -128,7 +129,7 @@ def test_mixed_precision_learns_as_well(tmp_path, amp):
             size, micro_batches = next(steps)
             trainer.train_step(micro_batches, size)
             found.append(trainer.recent_loss.take())
-        assert {p.dtype for p in trainer.vit.parameters()} == {torch.float32}
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
         return found
 
     for mixed, full in run_local(lambda: (losses(amp), losses("none")), ranks=2):
@@ -142,12 +143,12 @@ def test_a_step_that_overflows_anywhere_is_skipped_everywhere(tmp_path):
 
     def rank():
         trainer = trainer_of(config)
-        before = copy.deepcopy(trainer.vit.state_dict())
+        before = copy.deepcopy(trainer.model.state_dict())
         (size, micro_batches), samples = next(trainer.feed.steps_from(0)), []
         for x, y in micro_batches:
             samples.append((x, y + torch.inf * (commlayer.world().rank == 1)))
         trainer.train_step(samples, size)
-        unchanged = all(torch.equal(p, before[name]) for name, p in trainer.vit.state_dict().items())
+        unchanged = all(torch.equal(p, before[name]) for name, p in trainer.model.state_dict().items())
         return unchanged, trainer.scaler.get_scale(), trainer.step
 
     assert run_local(rank, ranks=2) == [(True, 32768.0, 1)] * 2
@@ -174,6 +175,13 @@ def test_ranks_that_share_a_model_see_the_same_samples(tmp_path):
         assert all(map(torch.equal, x, y))
     for x, y in zip(a, c, strict=True):
         assert not torch.equal(x, y)
+
+
+@pytest.mark.parametrize(("samples", "size", "accumulate"), [(7, 2, 2), (9, 4, 3), (3, 2, 4), (8, 1, 3)])
+def test_sizes_of_micro_batches_over_all_ranks(samples, size, accumulate):
+    ranks = [ShardedBatches(samples, samples, rank=rank, size=size, accumulate=accumulate) for rank in range(size)]
+    counted = [sum(map(len, together)) for together in zip(*ranks, strict=True)]
+    assert ranks[0].micro_sizes(samples) == counted
 
 
 def test_means_over_ranks_and_steps():
