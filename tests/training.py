@@ -35,7 +35,7 @@ TINY = ["model.size=tiny", "data.seq_len=16", "data.validation=0.5", "data.max_b
 
 
 def language(folder, *overrides):
-    """A decoder with experts in one of two layers, on a text of 20 documents, which it makes; not in several threads."""
+    """A decoder with experts in one of two layers, on a text of 20 documents, made here; not in several threads."""
     text = folder / "text"
     if not text.exists():
         text.mkdir(parents=True)
