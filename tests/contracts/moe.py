@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import commlayer
-from commlayer import Mesh, balanced_sizes
+from commlayer import Mesh, balanced_sizes, run_local
 from parallel.data import DataParallel
 from parallel.expert import MoE
 from parallel.experts import Experts
@@ -26,6 +26,7 @@ from tests.contracts.tensor import drawn, mine, rand, strided
 
 EMBED = 6
 CLOSE = {"rtol": 1e-10, "atol": 1e-12, "check_device": False}
+LOSSES = {"balance_loss": 0.3, "z_loss": 0.2}
 # Under which the plan of this name is taken for uneven all_to_all of float64: options of run_local.
 PLANS = {
     "native": {},
@@ -185,13 +186,19 @@ def check(problem, layout, wanted, on=None):
         torch.testing.assert_close(grad, serial, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def check_all(todo):
-    """``todo``: pairs of Problem and Layout. What fails is named."""
-    for problem, layout in todo:
-        try:
-            check(problem, layout, reference(problem))
-        except Exception as error:
-            raise AssertionError(f"{problem}\n{layout}: {type(error).__name__}: {error}") from error
+def compare(todo, ranks=4, **options):
+    """``check`` all pairs of Problem and Layout on thread ranks; ``options`` are run_local's. What fails is named."""
+    todo = [(problem, layout, reference(problem)) for problem, layout in todo]
+    assert todo
+
+    def rank():
+        for problem, layout, wanted in todo:
+            try:
+                check(problem, layout, wanted)
+            except Exception as error:
+                raise AssertionError(f"{problem}\n{layout}: {type(error).__name__}: {error}") from error
+
+    run_local(rank, ranks, timeout=20, **options)
 
 
 class Stack(nn.Module):
@@ -218,7 +225,7 @@ def check_steps(layout, steps, **options):
     """
     mesh, experts = meshes(layout)
     world, me, dp = mesh["-".join(mesh.axes)], mesh.rank("dp"), mesh.size("dp")
-    routing = Routing(2 * world.size, 1, balance_loss=0.3, z_loss=0.2)
+    routing = Routing(2 * world.size, 1, **LOSSES)
     stack = drawn(lambda: Stack(lambda: MoE(EMBED, 4, routing, mesh=experts))).double().to(world.device)
     serial = drawn(lambda: Stack(lambda: PlainMoE(EMBED, 4, routing))).double().to(world.device)
     model = DataParallel(stack, mesh=mesh, experts=experts, **options)

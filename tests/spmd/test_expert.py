@@ -9,9 +9,8 @@ import torch
 from commlayer.fallbacks import FALLBACKS
 from commlayer.launch import discover
 from parallel.router import Routing
-from tests.contracts.moe import Layout, Problem, check, check_steps, meshes, reference
+from tests.contracts.moe import LOSSES, Layout, Problem, check, check_steps, meshes, reference
 
-LOSSES = {"balance_loss": 0.3, "z_loss": 0.2}
 EMULATIONS = [each for each in FALLBACKS if "all_to_all" in each.ops and not each.reinterprets]
 
 

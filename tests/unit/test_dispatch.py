@@ -98,6 +98,9 @@ def check(case):
     assert torch.equal(choices[me], before)
     assert routes.chosen.tolist() == choices[me].flatten().bincount(minlength=case.experts).tolist()
 
+    assert routes.ends.dtype == torch.int32
+    assert routes.ends.tolist() == [sum(routes.rows[: i + 1]) for i in range(len(routes.rows))]
+
     # A token: its rank, its place, and where it goes.
     home = [torch.arange(n).double() for n in case.tokens]
     whole = [
@@ -136,7 +139,7 @@ def check(case):
     report_multiple_bugs=False,
 )
 @given(routed())
-def test_tokens_arrive_at_their_experts_and_come_home(case):
+def test_trap_5_tokens_arrive_at_their_experts_and_come_home(case):
     run_local(lambda: check(case), len(case.tokens), timeout=20, **PLANS[case.plan])
 
 

@@ -1,6 +1,5 @@
 """The mixture-of-experts layer on thread ranks, against the plain one on one process."""
 
-import copy
 import itertools
 from contextlib import nullcontext
 
@@ -9,37 +8,25 @@ import torch
 
 import commlayer
 from commlayer import Mesh, run_local
-from parallel import clip_grad_norm_, grad_norm
 from parallel.data import DataParallel
 from parallel.expert import MoE
-from parallel.placement import gather_full, mark_replicated, part_of, placement, recall_marks
+from parallel.placement import gather_full, part_of
 from parallel.router import Routing
 from tests.contracts.moe import (
     CLOSE,
     EMBED,
+    LOSSES,
     PLANS,
     Layer,
     Layout,
     Problem,
-    check_all,
-    check_steps,
+    compare,
     meshes,
     reference,
     tokens_of,
 )
 from tests.contracts.plain_moe import PlainMoE
 from tests.contracts.tensor import drawn, rand
-
-LOSSES = {"balance_loss": 0.3, "z_loss": 0.2}
-
-
-def compare(todo, ranks=4, **options):
-    todo = list(todo)
-    assert todo
-    for problem, _ in todo:
-        reference(problem)  # before there are ranks to compute it all at once
-    run_local(lambda: check_all(todo), ranks, timeout=20, **options)
-
 
 # Gradients --------------------------------------------------------------------------------------------------
 
@@ -165,138 +152,6 @@ def test_one_process_without_a_mesh():
             torch.testing.assert_close(mine, wanted, **CLOSE) if wanted is not None else None
 
 
-# Traps ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("plan", PLANS)
-def test_trap_5_expert_outputs_carry_gradients(plan):
-    """Also where nothing but the experts learns."""
-
-    def rank():
-        problem, layout = Problem(Routing(8, 2)), Layout()
-        layer = Layer(problem, layout, *meshes(layout), wanted.model).moe
-        layer.router.requires_grad_(False)
-        y, load = layer(wanted.x.detach()[:5])
-        assert y.requires_grad
-        assert not load.loss.requires_grad
-        y.sum().backward()
-        assert layer.router.weight.grad is None
-        return [p.grad.flatten(1).abs().sum(1) for p in layer.experts.parameters()], load.counts
-
-    wanted = reference(Problem(Routing(8, 2)))
-    ranks = run_local(rank, 4, **PLANS[plan])
-    counts = sum(load for _, load in ranks)
-    for i in range(2):
-        sizes = torch.cat([grads[i] for grads, _ in ranks])
-        assert torch.equal(sizes > 0, counts > 0)
-        assert (counts > 0).sum() > 4
-
-
-@pytest.mark.parametrize("fold", ["ep=4", "etp=2 ep=2", "ep=1"])
-def test_trap_5_experts_and_ranks_without_tokens(fold):
-    """Gradients are zeros, not None, which an optimiser would pass over. Nobody waits; also where no rank has any."""
-
-    def rank():
-        mesh = Mesh("dp=4")
-        experts = mesh.fold(fold)
-        layer = MoE(EMBED, 4, Routing(8, 1, capacity_factor=1.0, **LOSSES), mesh=experts, shared=1).double()
-        model = DataParallel(layer, mesh=mesh, experts=experts)
-        for all_tokens in (0, 1):
-            tokens = all_tokens if mesh.rank("dp") == 2 else 0
-            model.zero_grad()
-            y, load = model(torch.ones(tokens, EMBED, dtype=torch.float64))
-            assert y.shape == (tokens, EMBED)
-            (y.sum() + load.loss).backward()
-            assert not any(p.grad is None or p.grad.isnan().any() for p in layer.parameters())
-            used = layer.experts.up.grad.flatten(1).any(1).sum()
-            assert commlayer.all_reduce(used) == all_tokens * 4 // experts.size("ep")
-
-    run_local(rank, 4, timeout=20)
-
-
-def test_trap_5_splits_are_swapped_on_combine(monkeypatch):
-    """And gradients go the ways of what they are gradients of."""
-    splits, real = [[] for _ in range(4)], commlayer.all_to_all
-
-    def spy(x, *, input_splits, output_splits, **options):
-        splits[commlayer.world().rank].append(([*input_splits], [*output_splits]))
-        return real(x, input_splits=input_splits, output_splits=output_splits, **options)
-
-    monkeypatch.setattr(commlayer, "all_to_all", spy)
-    problem = Problem(Routing(8, 2))
-    compare([(problem, Layout())])
-    for there, back, *gradients in splits:
-        assert back == there[::-1]
-        assert gradients == [there, back]
-    sent = torch.tensor([there for (there, _), *_ in splits])
-    assert torch.equal(sent.sum(1), 2 * torch.tensor(problem.tokens))
-    assert not torch.equal(sent, sent.T), "these would be their own inverse"
-
-
-@pytest.mark.parametrize(
-    "layout", [Layout(), Layout(fold="ep=2"), Layout("dp=2 cp=2 tp=1"), Layout(fold="ep=1")], ids=str
-)
-def test_trap_5_expert_gradients_are_divided_by_the_same_count_as_dense_ones(layout):
-    """By the size of dp, not by that of edp: experts that all are the shared one, with weight 1, have its gradient."""
-
-    def rank():
-        mesh, experts = meshes(layout)
-        routing = Routing(4, 4, normalise=True, scale=4.0)
-        moe = drawn(lambda: MoE(EMBED, 3, routing, mesh=experts, shared=1)).double()
-        pairs = ((moe.experts.up, moe.shared.up.weight), (moe.experts.down, moe.shared.down.weight))
-        with torch.no_grad():
-            moe.router.weight.zero_()
-            for each, shared in pairs:
-                each.copy_(shared.expand_as(each))
-        mark_replicated(moe.router, ("cp",))
-        mark_replicated(moe.shared, ("cp",))
-        model = DataParallel(moe, mesh=mesh, experts=experts)
-        y, _ = model(rand(3, EMBED, seed=commlayer.world().rank))
-        y.square().sum().backward()
-        for each, shared in pairs:
-            torch.testing.assert_close(each.grad, shared.grad.expand_as(each), **CLOSE)
-            assert shared.grad.abs().max() > 0.1
-
-    run_local(rank, 4)
-
-
-def test_trap_9_losses_from_the_counts_of_all_ranks():
-    """Shares are uneven; the mean of what each rank would find alone is something else."""
-    problem = Problem(Routing(8, 2, balance_loss=1.0), (9, 1, 0, 2))
-    wanted = reference(problem)
-    alone = [wanted.model(x).loss for x in wanted.x.split(problem.tokens) if len(x)]
-    assert abs(sum(alone) / len(alone) - wanted.loss) > 0.1 * wanted.loss
-    for layout in (Layout(), Layout(fold="ep=1"), Layout(fold="ep=2"), Layout("dp=1 cp=4 tp=1")):
-        compare([(problem, layout)])
-
-
-def test_trap_9_recomputation_counts_tokens_once():
-    problem = Problem(Routing(8, 2, **LOSSES))
-    wanted, computed = reference(problem), []
-
-    def rank():
-        layout = Layout(keep="nothing")
-        layer = Layer(problem, layout, *meshes(layout), wanted.model)
-        layer.moe.router.register_forward_hook(lambda *_: computed.append(1))
-        y, load = layer(wanted.x.detach()[:3].clone().requires_grad_())
-        before = load.counts.clone()
-        (y.sum() + load.loss).backward()
-        assert torch.equal(load.counts, before)
-        assert load.counts.sum() == 6
-
-    run_local(rank, 4)
-    assert len(computed) == 8, "each rank's forward, and its recomputation"
-
-
-@pytest.mark.parametrize("fold", ["ep=4", "ep=2", "etp=2 ep=2", "etp=2 ep=1"])
-@pytest.mark.parametrize("bucket_mb", [1e-6, 25.0])
-def test_trap_11_different_experts_active_on_different_ranks_never_hangs(fold, bucket_mb):
-    steps = [(3, 3, 3, 3), (0, 4, 0, 1), (0, 0, 0, 2), (1, 0, 5, 0), (2, 2, 2, 2)]
-    ranks = run_local(lambda: check_steps(Layout(fold=fold), steps, bucket_mb=bucket_mb), 4, timeout=20)
-    for active in zip(*ranks, strict=True):
-        assert len(set(active)) > 1
-
-
 @pytest.mark.parametrize("layout", [Layout(), Layout(fold="ep=2"), Layout("dp=2 cp=2 tp=1", "ep=2")], ids=str)
 @pytest.mark.parametrize("once", [True, False])
 def test_accumulated_gradients(layout, once):
@@ -413,117 +268,75 @@ def test_tokens_are_under_way_while_the_shared_experts_work(monkeypatch):
     assert events == [[*forward, "backward", *backward]] * 2
 
 
-# Norms, marks, first values ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("p", [1.0, 2.0, float("inf")])
-@pytest.mark.parametrize(
-    "layout",
-    [Layout(), Layout(fold="ep=2"), Layout(fold="etp=2 ep=1"), Layout("dp=2 cp=1 tp=2", "etp=2 ep=2")],
-    ids=str,
-)
-def test_trap_6_norms_and_clipping_on_folded_meshes(layout, p):
-    """Every element of every expert counts once, however many ranks hold it."""
-    problem = Problem(Routing(10, 2, **LOSSES), (4, 0, 5, 3) if "dp=4" in layout.mesh else (7, 5), shared=1)
-    wanted = reference(problem)
-    grads = [p.grad for p in wanted.model.parameters()]
-    norm = torch.cat([grad.flatten() for grad in grads]).norm(p)
-
-    def rank():
-        mesh, experts = meshes(layout)
-        model = Layer(problem, layout, mesh, experts, wanted.model).moe
-        for param, grad in zip(model.parameters(), grads, strict=True):
-            param.grad = part_of(grad, param).clone()
-        torch.testing.assert_close(grad_norm(model, p, mesh=mesh), norm, **CLOSE)
-        torch.testing.assert_close(grad_norm(model, p, mesh=experts), norm, **CLOSE)
-        torch.testing.assert_close(grad_norm(model, p), norm, **CLOSE)
-        clip_grad_norm_(model, norm.item() / 3, p, mesh=mesh)
-        for param, grad in zip(model.parameters(), grads, strict=True):
-            torch.testing.assert_close(gather_full(param.grad, param), grad / 3, rtol=1e-6, atol=0)
-
-    run_local(rank, 4)
-
-
-FOLDS = ["ep=1", "ep=2", "ep=4", "etp=2 ep=2", "etp=4 ep=1"]
-
-
-@pytest.mark.parametrize("fold", FOLDS)
-@pytest.mark.parametrize("tp", [1, 2])
-def test_trap_8_first_values_are_the_serial_ones_bit_for_bit(fold, tp):
-    """Drawn at once, or after the meta device; the marks are there in both."""
-    routing = Routing(6, 2, bias_rate=0.1)
-
-    def rank():
-        mesh, experts = meshes(Layout(f"dp={4 // tp} tp={tp}", fold))
-
-        def make():
-            return MoE(EMBED, 5, routing, mesh=experts, group=mesh["tp"], shared=2)
-
-        def fill():
-            for module in empty.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
-            return torch.rand(1)
-
-        serial, after = drawn(lambda: (PlainMoE(EMBED, 5, routing, shared=2), torch.rand(1)), seed=3)
-        model, then = drawn(lambda: (make(), torch.rand(1)), seed=3)
-        with torch.device("meta"):
-            empty = make()
-        assert all(p.is_meta for p in empty.parameters())
-        empty.to_empty(device="cpu")
-        assert torch.equal(drawn(fill, seed=3), after)
-        recall_marks(empty)
-        assert torch.equal(then, after)
-        for found in (model, empty):
-            for (name, p), (other, q) in zip(found.named_parameters(), serial.named_parameters(), strict=True):
-                assert name == other
-                assert torch.equal(gather_full(p, p), q), name
-                assert placement(p) == placement(model.get_parameter(name))
-            assert torch.equal(found.router.bias, torch.zeros(6))
-            up, down, router = found.experts.up, found.experts.down, found.router.weight
-            assert [(shard.axis, shard.dim) for shard in placement(up).shards] == [("ep", 0), ("etp", 1)]
-            assert [(shard.axis, shard.dim) for shard in placement(down).shards] == [("ep", 0), ("etp", 2)]
-            assert placement(router).partial == (("tp",) if tp > 1 else ())
-
-    run_local(rank, 4)
-
-
-def test_a_copy_and_conversions_keep_the_marks():
-    def rank():
-        mesh = Mesh("dp=2")
-        layer = MoE(EMBED, 4, Routing(4, 2), mesh=mesh.fold("ep=2"))
-        for other in (copy.deepcopy(layer), copy.deepcopy(layer).bfloat16().float()):
-            for p, q in zip(layer.parameters(), other.parameters(), strict=True):
-                assert placement(p) == placement(q)
-
-    run_local(rank, 2)
-
-
 # Precision, inference, bad input ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fold", ["ep=2", "etp=2"])
-def test_autocast(fold):
-    """Tokens are routed in float32 whatever the products are in, so no choice changes by rounding."""
+def test_autocast(monkeypatch, fold):
+    """Products and what is sent are in half precision; nothing else is far from what it is in float32."""
     problem = Problem(Routing(8, 2, **LOSSES), (40, 24), shared=1)
-    wanted = reference(problem)
+    wanted, sent = reference(problem), set()
 
     def rank():
         layout = Layout("dp=2 cp=1 tp=1", fold)
         layer = Layer(problem, layout, *meshes(layout), wanted.model).moe.float()
-        start = 40 * commlayer.world().rank
-        x = wanted.x.detach().float()[start : start + 40].requires_grad_()
+        share, _ = tokens_of(problem, layout, Mesh(layout.mesh))
+        x = wanted.x.detach().float()[share].requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             y, load = layer(x)
         assert y.dtype == torch.bfloat16
         assert load.loss.dtype == torch.float32
         close = {"rtol": 3e-2, "atol": 3e-2 * wanted.y.abs().max().item()}
-        torch.testing.assert_close(y.double(), wanted.y[start : start + 40], **close)
+        torch.testing.assert_close(y.double(), wanted.y[share], **close)
         assert torch.equal(commlayer.all_reduce(load.counts), wanted.counts)
         (y.float().sum() + load.loss).backward()
         assert x.grad.dtype == layer.experts.up.grad.dtype == torch.float32
 
+    def spy(x, *args, **options):
+        sent.add(x.dtype)
+        return real(x, *args, **options)
+
+    real = commlayer.all_to_all
+    monkeypatch.setattr(commlayer, "all_to_all", spy)
     run_local(rank, 2)
+    assert sent == (set() if fold == "etp=2" else {torch.bfloat16})
+
+
+def test_autocast_changes_no_choice():
+    """Tokens are rounded for the experts, and not before the router has seen them."""
+    layer = MoE(2, 4, Routing(2, 1))
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1 - 2**-12]]))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, load = layer(torch.tensor([[1, 1 + 2**-10]]))
+    assert load.counts.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("fold", ["ep=4", "etp=2 ep=2", "etp=4"])
+def test_single_precision(monkeypatch, fold):
+    """In which torch multiplies all experts of a rank in one call, where it can."""
+    routing, products = Routing(9, 3, **LOSSES), []
+    serial = drawn(lambda: PlainMoE(8, 16, routing)).double()
+    x, v = rand(20, 8, seed=1).requires_grad_(), rand(20, 8, seed=2)
+    found = serial(x)
+    ((found.y * v).sum() + found.loss).backward()
+
+    def rank():
+        mesh, experts = meshes(Layout(fold=fold))
+        layer = drawn(lambda: MoE(8, 16, routing, mesh=experts))
+        model = DataParallel(layer, mesh=mesh, experts=experts)
+        mine = x.detach().float().split(5)[mesh.rank("dp")].requires_grad_()
+        y, load = model(mine)
+        (((y * v.split(5)[mesh.rank("dp")]).sum() + load.loss) * 4).backward()
+        torch.testing.assert_close(y.double(), found.y.detach().split(5)[mesh.rank("dp")], rtol=1e-4, atol=1e-5)
+        for (name, p), q in zip(layer.named_parameters(), serial.parameters(), strict=True):
+            assert (gather_full(p.grad, p) - q.grad).abs().max() < 1e-5 * q.grad.abs().max(), name
+
+    if hasattr(torch, "_grouped_mm"):
+        real = torch._grouped_mm
+        monkeypatch.setattr(torch, "_grouped_mm", lambda *a, **k: products.append(1) or real(*a, **k))
+    run_local(rank, 4)
+    assert products or not hasattr(torch, "_grouped_mm")
 
 
 def test_bfloat16_keeps_the_bias_in_float32():
@@ -577,6 +390,8 @@ def test_bad_input():
         experts = mesh.fold("ep=2")
         layer = MoE(EMBED, 4, Routing(4, 2), mesh=experts)
         for call, message in (
+            (lambda: layer(torch.ones(2, 3, EMBED + 1)), r"x: expected … × 6, got \(2, 3, 7\)"),
+            (lambda: layer(torch.ones(())), r"x: expected … × 6, got \(\)"),
             (lambda: MoE(EMBED, 4, Routing(1, 1), mesh=experts), "experts: 1 are too few for 2 ranks of ep"),
             (lambda: DataParallel(layer, experts=experts), "mesh: needed beside experts"),
             (lambda: DataParallel(layer, mesh=mesh), "experts: needed beside mesh, since experts.up"),
@@ -584,5 +399,26 @@ def test_bad_input():
         ):
             with pytest.raises(ValueError, match=message):
                 call()
+
+    run_local(rank, 2)
+
+
+def test_experts_that_no_rank_shares_need_no_fold():
+    """Over data parallelism alone. Where the tokens of a sample are cut, they do."""
+
+    def rank():
+        mesh = Mesh("dp=2")
+        layer = MoE(EMBED, 4, Routing(4, 2), mesh=mesh.fold("ep=1"))
+        x, grads = rand(4, EMBED, seed=mesh.rank("dp"), dtype=torch.float32), []
+        for fold in (None, mesh.fold("ep=1")):
+            model = DataParallel(layer, mesh=mesh, experts=fold)
+            model.zero_grad()
+            model(x)[0].square().sum().backward()
+            grads.append([p.grad.clone() for p in layer.parameters()])
+        for mine, wanted in zip(*grads, strict=True):
+            torch.testing.assert_close(mine, wanted)
+        for spec in ("dp=1 cp=2", "dp=1 tp=2"):
+            with pytest.raises(ValueError, match=r"experts: needed beside mesh, since experts.up"):
+                DataParallel(layer, mesh=Mesh(spec))
 
     run_local(rank, 2)

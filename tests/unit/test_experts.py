@@ -23,7 +23,7 @@ def one_by_one(x, weight, rows):
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("extents", [(8, 16), (5, 7)])  # strides that torch's grouped product takes, and others
+@pytest.mark.parametrize("extents", [(8, 16), (5, 7), (8, 0), (0, 8)])  # torch's grouped product takes the first
 @pytest.mark.parametrize("grouped", [True, False])
 def test_grouped_linear(monkeypatch, rows, dtype, extents, grouped):
     if not grouped:

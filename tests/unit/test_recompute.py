@@ -1,5 +1,7 @@
 """What is computed, and communicated, again in backward, and what is not."""
 
+import gc
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -176,6 +178,26 @@ def test_products_are_kept_around_another_checkpoint(keep):
         run_local(rank, 2)
 
 
+def test_operations_of_communication_are_hidden_also_by_a_checkpoint_that_keeps_nothing(monkeypatch):
+    """From one around it that keeps products, and counts them: here there are more in the recomputation."""
+    real = commlayer.all_to_all
+
+    def spy(x, **options):
+        if torch._C._current_graph_task_id() != -1:
+            torch.erfinv(x)
+        return real(x, **options)
+
+    def rank():
+        layer = MoE(EMBED, 6, Routing(4, 2), mesh=Mesh("dp=2").fold("ep=2"))
+        x = torch.ones(3, EMBED, requires_grad=True)
+        y = checkpoint(lambda x: checkpoint(lambda x: layer(x)[0], x).sin(), x, keep="products")
+        y.sum().backward()
+        assert x.grad.any()
+
+    monkeypatch.setattr(commlayer, "all_to_all", spy)
+    run_local(rank, 2)
+
+
 def test_a_kept_result_that_is_changed_in_place_is_an_error():
     def rank():
         group = commlayer.world()
@@ -191,6 +213,47 @@ def test_a_kept_result_that_is_changed_in_place_is_an_error():
             y.sum().backward()
 
     run_local(rank, 2)
+
+
+def test_what_is_done_once_may_do_things_once():
+    def function(x):
+        return (x * once(lambda: once(lambda: 1) + once(lambda: 1))).exp() * once(lambda: 5)
+
+    x = torch.tensor(0.5, requires_grad=True)
+    y = checkpoint(function, x)
+    y.backward()
+    assert x.grad.item() == pytest.approx(2 * y.item())
+
+
+def test_another_way_through_the_function_is_an_error():
+    more = []
+
+    def function(x):
+        for _ in [0, *more]:
+            once(lambda: 1)
+        return x.exp()
+
+    y = checkpoint(function, torch.tensor(0.5, requires_grad=True))
+    more.append(0)
+    with pytest.raises(RuntimeError, match="the recomputation took another way through the function"):
+        y.backward()
+
+
+@pytest.mark.parametrize("keep", ["nothing", "products"])
+def test_a_result_that_nobody_wants_takes_its_graph_along(keep):
+    """What a checkpoint keeps does not keep it in turn."""
+    linear = nn.Linear(EMBED, EMBED)
+
+    def rank():
+        mlp = ParallelMLP(EMBED, 10, group=commlayer.world(), bias=False)
+        x = linear(torch.ones(3, EMBED))
+        y = checkpoint(lambda x: mlp(x).sin() * once(lambda: 2), x, keep=keep)
+        gone = [weakref.ref(t) for t in (x, y)]
+        del x, y
+        gc.collect()
+        return [ref() for ref in gone]
+
+    assert run_local(rank, 2) == [[None, None]] * 2
 
 
 def test_an_error_within_leaves_nothing_behind():

@@ -180,3 +180,9 @@ def test_biases_follow_differences_that_float32_cannot_tell():
 def test_bad_input(given, message):
     with pytest.raises(ValueError, match=message):
         Routing(**{"experts": 8, "top_k": 2, **given})
+
+
+@pytest.mark.parametrize("name", ["experts", "top_k", "groups", "top_groups"])
+def test_numbers_that_are_no_int(name):
+    with pytest.raises(TypeError, match=rf"{name}: expected an int, got 2\.0"):
+        Routing(**{"experts": 8, "top_k": 2, name: 2.0})
