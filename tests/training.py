@@ -34,13 +34,19 @@ def made_up(folder, *overrides):
 TINY = ["model.size=tiny", "data.seq_len=16", "data.validation=0.5", "data.max_bytes=300_000"]
 
 
-def language(folder, *overrides):
-    """A decoder with experts in one of two layers, on a text of 20 documents, made here; not in several threads."""
+def small_text(folder):
+    """20 documents, made here unless they are there; not in several threads."""
     text = folder / "text"
     if not text.exists():
         text.mkdir(parents=True)
         for i in range(20):
             (text / f"{i}.txt").write_text(f"def add_{i}(x):\n    return x + {i}\n" * (3 + i % 5))
+    return text
+
+
+def language(folder, *overrides):
+    """A decoder with experts in one of two layers, on a small text."""
+    text = small_text(folder)
     given = [f"output={folder}", f"data.root={text}", "steps=3", "batch=5", "log_every=1", "validate_steps=2"]
     return configuration.load("text_demo", [*given, *TINY, *overrides])
 

@@ -6,10 +6,11 @@ import signal
 import pytest
 import torch
 
+import commlayer
 from models import arguments
 from models.train import set_up, train
 from models.trainer import Trainer
-from tests.training import MADE_UP, TINY
+from tests.training import MADE_UP, TINY, small_text
 
 pytest.importorskip("yaml")
 
@@ -22,7 +23,11 @@ LANGUAGE = ["--config", "text_demo", *TINY, "batch=9", "steps=4", "validate_step
 def test_resumed_after_sigterm_on_one_rank(task, everyone, shared_folder, monkeypatch):
     tp = 2 if everyone.size % 2 == 0 else 1
     options = ["--mesh", f"dp=-1 tp={tp}", "log_every=1"]
-    options += FORECAST if task == "forecast" else [*LANGUAGE, "--experts", f"ep={min(everyone.size, 4)}"]
+    if everyone.rank == 0:
+        small_text(shared_folder)
+    commlayer.barrier(group=everyone)
+    language = [*LANGUAGE, f"data.root={shared_folder / 'text'}", "--experts", f"ep={min(everyone.size, 4)}"]
+    options += FORECAST if task == "forecast" else language
 
     def run(name, *more):
         trainer = set_up(arguments.parse([*options, "--output", str(shared_folder / name), *more]), everyone)
