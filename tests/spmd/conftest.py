@@ -19,17 +19,20 @@ PARALLEL = ("test_attention", "test_moe", "test_rng_clip_amp", "test_tensor", "t
 
 def pytest_collection_modifyitems(items):
     launch = discover()
-    profile = os.environ.get("COMMLAYER_PROFILE")
-    if profile and (os.environ.get("COMMLAYER_BACKEND") == "mpi" or profile not in ON_PARALLEL):
-        why = f"the parallel modules run with {' and '.join(ON_PARALLEL)} on gloo, and natively on every backend"
-        for item in items:
-            if item.path.stem in PARALLEL:
-                item.add_marker(pytest.mark.skip(reason=why))
+    backend, profile = os.environ.get("COMMLAYER_BACKEND"), os.environ.get("COMMLAYER_PROFILE")
+    if profile and (backend == "mpi" or profile not in ON_PARALLEL):
+        skip(items, PARALLEL, f"run with {' and '.join(ON_PARALLEL)} on gloo, and natively on every backend")
+    if launch.launcher == "torchrun" and backend == "gloo":
+        skip(items, PARALLEL, "run on gloo under mpiexec, and another launcher changes only the launch")
     if launch.launcher == "none" or launch.size == 1:
-        why = "needs several processes: mpiexec -n 4 python -m pytest --with-mpi tests/spmd, or torchrun"
-        for item in items:
-            if "spmd" in item.path.parts:
-                item.add_marker(pytest.mark.skip(reason=why))
+        skip(items, None, "need several processes: mpiexec -n 4 python -m pytest --with-mpi tests/spmd, or torchrun")
+
+
+def skip(items, names, why):
+    """The tests in these files; None: in all."""
+    for item in items:
+        if "spmd" in item.path.parts and (names is None or item.path.stem in names):
+            item.add_marker(pytest.mark.skip(reason=why))
 
 
 @pytest.fixture(scope="session")
