@@ -33,6 +33,8 @@ from commlayer.objects import all_gather_object, broadcast_object, gather_object
 from commlayer.point_to_point import recv, send, sendrecv
 from commlayer.reduce_op import AVG, BAND, BOR, BXOR, MAX, MIN, PRODUCT, SUM, ReduceOp, premul_sum
 from commlayer.runtime import finalize, init, is_initialized, run_local, world
+from commlayer.torch_backend import register
+from commlayer.torch_backend.creation import to_process_group
 from commlayer.work import Work
 
 
@@ -43,6 +45,8 @@ def new_group(ranks: list[int]) -> Group:
     """
     return world().new_group(ranks)
 
+
+register()
 
 __version__ = "0.1.0"
 
@@ -92,5 +96,6 @@ __all__ = [
     "scatter_object",
     "send",
     "sendrecv",
+    "to_process_group",
     "world",
 ]

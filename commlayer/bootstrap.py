@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from commlayer.capability import EVERYTHING, CapabilitySet, Profile, load_profil
 from commlayer.control import Client
 from commlayer.control.store import HubStore
 from commlayer.errors import BackendUnavailable, LaunchError
-from commlayer.launch import Launch, bind_device, mpi_importable
+from commlayer.launch import Launch, bind_device, discover, mpi_importable
 from commlayer.settings import Settings
 
 # Backends whose shipped profile the test suite proves; a replayed profile narrows it. For the others a replayed
@@ -42,10 +42,24 @@ def choose(launch: Launch) -> str:
     return "mpi" if launch.mpi and mpi_importable() else "gloo"
 
 
-def connect(backend: str, launch: Launch, timeout: float, generation: int) -> tuple[Communicator, Client | None]:
+def placed(rank: int, size: int) -> Launch:
+    """The launch of a process whose rank and size the program has said itself, to ``init_process_group``."""
+    try:
+        found = discover()
+    except LaunchError:  # incomplete, or more than one: nothing that the program does not know better
+        return Launch("init_process_group", rank, size)
+    if found.launcher != "none" and found.rank == rank and found.size in (size, None):
+        return replace(found, size=size)
+    return Launch("init_process_group", rank, size)
+
+
+def connect(
+    backend: str, launch: Launch, timeout: float, generation: int, store: Any = None
+) -> tuple[Communicator, Client | None]:
     """The communicator of all ranks, and the control channel. Raises BackendUnavailable, LaunchError, with the remedy.
 
     ``generation`` counts the calls of init in this process: the channel outlives what was said in an earlier one.
+    ``store``: of a program that has brought its ranks together itself.
     """
     if backend == "single":
         if launch.size not in (None, 1):
@@ -74,10 +88,9 @@ def connect(backend: str, launch: Launch, timeout: float, generation: int) -> tu
         process_groups.constructor(backend)
         return Single(device, timeout, backend), None
     process_groups.constructor(backend)  # a backend that is not here is an error before anybody is waited for
-    client = rendezvous.join(launch, rank, size, timeout, by_mpi=False)
+    client = rendezvous.join(launch, rank, size, timeout, by_mpi=False, store=store)
     said = f"init {generation} on {backend}".encode()
     client.meet(f"{generation}/init", range(size), said, timeout)  # names who is missing, as the store does not
-    store: Any
     if backend == "gloo":
         store = HubStore(client, timeout, f"{generation}/store/", range(size))
     else:
@@ -88,11 +101,11 @@ def connect(backend: str, launch: Launch, timeout: float, generation: int) -> tu
 
 def wrap(timeout: float | None, generation: int) -> tuple[Communicator, Client | None, Launch]:
     """The same over the default group of a program that has initialised torch.distributed itself."""
-    comm = torch_native.wrap_default_group(timeout, generation)
+    store = torch_native.host_store()
+    comm = torch_native.wrap(dist.group.WORLD, dist.PrefixStore(f"commlayer/{generation}", store), timeout)
     launch = Launch("host program", comm.rank, comm.size)
     if comm.size == 1:
         return comm, None, launch
-    store = torch_native.host_store()
     client = rendezvous.join(launch, comm.rank, comm.size, comm.timeout, by_mpi=False, store=store)
     comm.address = client.address
     return comm, client, launch
@@ -114,24 +127,12 @@ def _device(backend: str, launch: Launch) -> torch.device:
     module = getattr(torch, kind)
     if not module.is_available():
         raise BackendUnavailable(f"backend {backend}: no {kind} device is usable; it needs {_NEEDS[backend]}")
+    if launch.launcher == "init_process_group":
+        return torch.device(kind, module.current_device())  # which the program has chosen
     index = bind_device(launch, kind, module.device_count())
     assert index is not None
     module.set_device(index)
     return torch.device(kind, index)
-
-
-def start_torch_distributed(
-    comm: Communicator, client: Client | None, launch: Launch, timeout: float, generation: int
-) -> None:
-    """Start torch.distributed's default group over the same ranks, for what can only live there (DeviceMesh).
-
-    On the same backend where that is torch's, else on gloo.
-    """
-    backend = comm.name if isinstance(comm, torch_native.TorchCommunicator) else "gloo"
-    store = dist.HashStore() if client is None else rendezvous.native_store(client, launch, comm.size, timeout)
-    store = dist.PrefixStore(f"torch.distributed/{generation}", store)
-    limit = timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=store, rank=comm.rank, world_size=comm.size, timeout=limit)
 
 
 def check(settings: Settings) -> None:

@@ -407,7 +407,7 @@ def _inner(x: Tensor, dim: int) -> int:
     return inner
 
 
-def _if_uneven(sizes: list[int]) -> list[int] | None:
+def if_uneven(sizes: list[int]) -> list[int] | None:
     """None for equal extents, which every backend can do more cheaply; all ranks have the same."""
     return None if len(set(sizes)) == 1 else sizes
 
@@ -430,7 +430,7 @@ def _gathered(
                 f"(shape {tuple(x.shape)})"
             )
         total = sum(sizes)
-        sizes = _if_uneven(sizes)
+        sizes = if_uneven(sizes)
     return sizes, [*x.shape[:dim], total, *x.shape[dim + 1 :]], _times(sizes, _inner(x, dim))
 
 
@@ -443,7 +443,7 @@ def _scattered(
     else:
         check_extent("sizes", sizes, x.shape[dim], dim, x)
         mine = sizes[g.rank]
-        sizes = _if_uneven(sizes)
+        sizes = if_uneven(sizes)
     return sizes, [*x.shape[:dim], mine, *x.shape[dim + 1 :]], _times(sizes, _inner(x, dim))
 
 

@@ -268,15 +268,52 @@ class Group:
         if len(members) == 1:
             alone = CapabilitySet((EVERYTHING,))
             return Group(Single(self.device, self.timeout), world_ranks, alone, self._policy, dog=dog)
-        assert self._comm.seat is not None
-        control, generation = self._comm.seat.control, self._comm.seat.generation
-        seat = Seat(control, generation, dog.label(world_ranks), world_ranks, self._comm.progress)
-        # Making a communicator blocks, on MPI without a deadline: so not before everybody is there.
-        seat.meet("made", b"", self.timeout)
+        seat = self._seat(world_ranks)
         comm = self._comm.subgroup(members, seat)
         child = Group(comm, world_ranks, self._capabilities, self._policy, dog=dog)
         self._children.append(child)
         return child
+
+    def twin(self, name: str) -> Group:
+        """The same ranks on a communicator of their own; called by every member, from any thread."""
+        assert self._comm is not None
+        seat = self._seat(self.ranks, f"{self.watch.label} {name}")
+        comm = self._comm.subgroup(range(self.size), seat)
+        child = Group(comm, self.ranks, self._capabilities, self._policy, dog=self.watch.dog)
+        self._children.append(child)
+        return child
+
+    def _seat(self, world_ranks: Sequence[int], label: str = "") -> Seat:
+        """At the control channel, for a group of these, once all of them have come."""
+        assert self._comm is not None
+        assert self._comm.seat is not None
+        control, generation = self._comm.seat.control, self._comm.seat.generation
+        seat = Seat(control, generation, label or self.watch.dog.label(world_ranks), world_ranks, self._comm.progress)
+        # Making a communicator blocks, on MPI without a deadline: so not before everybody is there.
+        seat.meet("made", b"", self.timeout)
+        return seat
+
+    def around(self, ranks: Sequence[int], comm: Communicator, capabilities: Callable[[], CapabilitySet]) -> Group:
+        """The group of these ranks on a communicator that somebody else has made; called by its members.
+
+        For the world's group: ``ranks`` are the world's.
+        """
+        if len(ranks) > 1:
+            comm.seat = self._seat(ranks)
+        child = Group(comm, ranks, capabilities(), self._policy, dog=self.watch.dog)
+        self._children.append(child)
+        return child
+
+    @classmethod
+    def from_process_group(cls, group: Any) -> Group:
+        """The layer's group on a ``torch.distributed.ProcessGroup`` of any backend; called by every member.
+
+        Calls ``init`` where it was not yet, which every rank has to call. The process group remains its owner's.
+        Raises TypeError for anything else.
+        """
+        from commlayer.torch_backend import creation  # which stands above groups, as their makers do
+
+        return creation.from_process_group(group)
 
     def new_group(self, ranks: Sequence[int]) -> Group:
         """The group of these (group-local) ranks, in this order; called by every rank of this group."""

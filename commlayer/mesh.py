@@ -15,7 +15,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from commlayer.group import Group
-from commlayer.runtime import start_torch_distributed, world
+from commlayer.runtime import init, world
+from commlayer.torch_backend.creation import start_torch_distributed
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -152,8 +153,8 @@ class Mesh:
     def to_device_mesh(self, device_type: str | None = None) -> DeviceMesh:
         """The same mesh for torch (FSDP2, DTensor), its dims named like the axes, slowest first.
 
-        ``device_type``: by default that of the group's device. Starts torch.distributed over the world where the
-        program has not. Raises ``UnsupportedOperation`` under ``run_local``, whose ranks are threads.
+        ``device_type``: by default that of the group's device. Starts torch.distributed over the world, on the layer,
+        where the program has not. Raises ``UnsupportedOperation`` under ``run_local``, whose ranks are threads.
         """
         import torch
         from torch.distributed.device_mesh import DeviceMesh
@@ -163,6 +164,29 @@ class Mesh:
         device_type = device_type or torch.device(group.device).type
         table = torch.as_tensor(np.asarray(group.ranks)[self._table])
         return DeviceMesh(device_type, table, mesh_dim_names=self.axes[::-1])
+
+    @classmethod
+    def from_device_mesh(cls, mesh: DeviceMesh) -> Mesh:
+        """torch's mesh as the layer's: its last dim is the fastest axis. Called by every rank of it.
+
+        Its groups are those of ``mesh``, where these are in the mesh's order. Calls ``init`` where it was not yet,
+        which every rank has to call. Raises ``ValueError`` for a mesh whose dims have no names.
+        """
+        if mesh.mesh_dim_names is None:
+            raise ValueError(f"mesh: its dims need names to be axes, mesh_dim_names=; got {mesh}")
+        everyone = init()
+        table = mesh.mesh.numpy()
+        ranks = sorted(table.ravel().tolist())
+        group = everyone.subgroup(ranks)
+        made = cls.__new__(cls)
+        axes = tuple(reversed(mesh.mesh_dim_names))
+        sizes = dict(zip(axes, reversed(table.shape), strict=True))
+        made._lay_out(f"Mesh.from_device_mesh({_spec(sizes)!r})", axes, np.searchsorted(ranks, table), group)
+        for axis in axes:
+            along = Group.from_process_group(mesh.get_group(axis))
+            if along.ranks == tuple(ranks[rank] for rank in made.ranks(axis, group.rank)):
+                made._groups.setdefault(group, {})[(axis,)] = along
+        return made
 
     def __repr__(self) -> str:
         return self._name

@@ -116,7 +116,7 @@ def _torchrun_store(launch: Launch, size: int, timeout: float) -> Any:
 def _by_store(store: Any, rank: int, size: int, timeout: float) -> Client:
     limit = timedelta(seconds=timeout)
     if rank:
-        store.set(f"{_KEY}/{rank}", json.dumps(_whereabouts()))
+        store.set(f"{_KEY}/{rank}", json.dumps(whereabouts()))
         store.wait([_KEY], limit)
         address, port, token = json.loads(store.get(_KEY))
         return Client(address, port, secret.of_job(token), rank, timeout)
@@ -128,7 +128,7 @@ def _by_store(store: Any, rank: int, size: int, timeout: float) -> Client:
         raise CommTimeout(f"init: {named(missing)} never came within {timeout:g} s") from error
     # Whoever reaches the store can read it: so it holds what tells this job from others, and not the secret.
     token = secret.fresh().hex()
-    hub = _hub(_seen_from([json.loads(store.get(key)) for key in keys]), 0, secret.of_job(token), size)
+    hub = _hub(seen_from([json.loads(store.get(key)) for key in keys]), 0, secret.of_job(token), size)
     store.set(_KEY, json.dumps([hub[0].address, hub[0].port, token]))
     return _own(hub, timeout)
 
@@ -136,10 +136,10 @@ def _by_store(store: Any, rank: int, size: int, timeout: float) -> Client:
 def _by_mpi(rank: int, size: int, timeout: float) -> Client:
     from commlayer.backends import mpi_job
 
-    rows = mpi_job.exchange(json.dumps(_whereabouts()).encode(), timeout)
+    rows = mpi_job.exchange(json.dumps(whereabouts()).encode(), timeout)
     hub = None
     if rank == 0:
-        hub = _hub(_seen_from([json.loads(row) for row in rows]), 0, secret.fresh(), size)
+        hub = _hub(seen_from([json.loads(row) for row in rows]), 0, secret.fresh(), size)
     told = b"" if hub is None else json.dumps([hub[0].address, hub[0].port, hub[1].hex()]).encode()
     address, port, key = json.loads(mpi_job.exchange(told, timeout)[0])
     return _own(hub, timeout) if hub is not None else Client(address, port, bytes.fromhex(key), rank, timeout)
@@ -177,7 +177,7 @@ def _own(hub: tuple[Hub, bytes], timeout: float) -> Client:
     return Client(hub[0].address, hub[0].port, hub[1], 0, timeout, hub[0])
 
 
-def _whereabouts() -> list[str]:
+def whereabouts() -> list[str]:
     """This host's name, and its own IPv4 addresses but the loopback's, that of its name first."""
     name = socket.gethostname()
     found = []
@@ -191,9 +191,9 @@ def _whereabouts() -> list[str]:
     return [name, *(address for address in dict.fromkeys(found) if not address.startswith("127."))]
 
 
-def _seen_from(hosts: Sequence[list[str]]) -> str:
+def seen_from(hosts: Sequence[list[str]]) -> str:
     """This host's address on the way to the first other host; the loopback's where there is none."""
-    mine = _whereabouts()
+    mine = whereabouts()
     other = next((host for host in hosts if host != mine), None)
     if other is None:
         return "127.0.0.1"

@@ -19,7 +19,7 @@ from commlayer.backends.base import Communicator
 from commlayer.control import Client
 from commlayer.control.local import Board, Local
 from commlayer.control.seat import Seat
-from commlayer.errors import BackendUnavailable, CommError, PeerLost, UnsupportedOperation
+from commlayer.errors import BackendUnavailable, CommError, PeerLost
 from commlayer.group import Group
 from commlayer.launch import Launch, discover
 from commlayer.recorder import Recorder
@@ -36,7 +36,7 @@ _control: Client | None = None
 _dog: Watchdog | None = None  # of the last world
 _generation = 0  # how often init has connected
 _timeout = DEFAULT_TIMEOUT  # of the last world, in seconds
-_started_torch = False  # by us, so it ends with us
+_with_the_world: list[Callable[[], None]] = []  # what ends first: torch.distributed, where it runs on the layer
 _thread = threading.local()  # .world, in a thread of run_local
 
 
@@ -49,6 +49,14 @@ def init(backend: str | None = None, *, timeout: float | None = None) -> Group:
     for every operation.
 
     Raises LaunchError, BackendUnavailable, CommTimeout; ValueError for settings, or a second, different backend.
+    """
+    return start(backend, timeout)
+
+
+def start(backend: str | None, timeout: float | None, place: tuple[Any, int, int] | None = None) -> Group:
+    """``init``; ``place`` is the store, rank and size of a program that starts torch.distributed on the layer.
+
+    Its timeout counts where COMMLAYER_TIMEOUT is not set: torch always gives one.
     """
     global _world, _launch, _generation, _control, _dog, _timeout
     if timeout is not None:
@@ -64,13 +72,18 @@ def init(backend: str | None = None, *, timeout: float | None = None) -> Group:
         return current
     settings = Settings.from_env()
     wanted = backend or settings.backend
-    limit = settings.timeout if timeout is None else timeout
+    limit = settings.timeout if timeout is None or (place and settings.timeout) else timeout
     bootstrap.check(settings)
     _at_the_end()
     _dog = None
     comm: Communicator
     try:
-        if dist.is_initialized() and wanted in ("auto", dist.get_backend()):
+        if place is not None:
+            store, rank, size = place
+            _launch = bootstrap.placed(rank, size)
+            chosen = bootstrap.choose(_launch) if wanted == "auto" else wanted
+            comm, _control = bootstrap.connect(chosen, _launch, limit or DEFAULT_TIMEOUT, _generation + 1, store)
+        elif dist.is_initialized() and wanted in ("auto", dist.get_backend()):
             comm, _control, _launch = bootstrap.wrap(limit, _generation + 1)
         else:
             _launch = discover()
@@ -125,16 +138,31 @@ def finalize() -> None:
 
     Waits for no other rank, but up to 5 seconds for this one's operations that nobody has waited for.
     """
-    global _world, _launch, _started_torch
+    global _world, _launch
     if getattr(_thread, "world", None) is not None:
         raise CommError("finalize: the world of run_local ends with the function it runs")
+    while _with_the_world:
+        _with_the_world.pop()()
     if _world is not None:
         _world.watch.dog.bye()
         _world.close()
-    if _started_torch and dist.is_initialized():
-        dist.destroy_process_group()
     _world = _launch = None
-    _started_torch = False
+
+
+def with_the_world(end: Callable[[], None], owned: bool) -> Callable[[], None]:
+    """See to it that ``finalize`` calls ``end`` first. What is returned is for an end that comes from elsewhere.
+
+    It finalizes, if the world is ``owned`` by what has ended.
+    """
+    _with_the_world.append(end)
+
+    def ended() -> None:
+        if end in _with_the_world:
+            _with_the_world.remove(end)
+            if owned:
+                finalize()
+
+    return ended
 
 
 def is_initialized() -> bool:
@@ -149,18 +177,17 @@ def world() -> Group:
     return found
 
 
-def start_torch_distributed() -> None:
-    """See to it that torch.distributed runs over the world's ranks; collective where it does not yet."""
-    global _started_torch
-    if dist.is_initialized():
-        return
-    if getattr(_thread, "world", None) is not None:
-        raise UnsupportedOperation("torch.distributed knows processes only, and ranks under run_local are threads")
+def store_for_torch() -> Any:
+    """A store through which torch.distributed can be started over the world's ranks."""
     group = world()
-    assert group._comm is not None
     assert _launch is not None
-    bootstrap.start_torch_distributed(group._comm, _control, _launch, group.timeout, _generation)
-    _started_torch = True
+    if _control is None:
+        return dist.HashStore()
+    return rendezvous.native_store(_control, _launch, group.size, group.timeout)
+
+
+def inside_run_local() -> bool:
+    return getattr(_thread, "world", None) is not None
 
 
 def resolve(group: Group | None) -> Group:

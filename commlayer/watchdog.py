@@ -266,6 +266,11 @@ class Watch:
         self.dog.report(f"{kind.__name__}: {explained}")
         return explained
 
+    def explain_native(self, name: str, error: RuntimeError) -> CommError:
+        """The same for an operation of the backend's own that was not recorded, and is known by its name alone."""
+        op = Operation(self, name, None, None, (), (), None)
+        return self.explain(op, self.comm.translated(error, name))
+
     def interrupt(self, op: Operation, error: BaseException) -> None:
         """Something else than the layer ended an operation half way (Ctrl-C, memory): it cannot be taken up again."""
         op.error, op.end = said(error), time.perf_counter_ns()

@@ -45,7 +45,8 @@ class Collectives(Protocol):
     def broadcast(self, x: torch.Tensor, src: int) -> Work:
         """In place: ``x`` is read on ``src`` and written elsewhere."""
 
-    def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work: ...
+    def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work:
+        """A native one of even shares also takes, as ``x``, this rank's own share of ``out``."""
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work: ...
 
@@ -87,6 +88,7 @@ class Communicator(ABC, Collectives):
     timeout: float
     deadline: float | None = None  # of the operation in progress, by time.perf_counter()
     failure: CommError | None = None  # why nothing more can happen here
+    threads = True  # whether several threads may call it at once
     seat: Seat | None = None  # at the control channel; None for one rank alone
 
     @abstractmethod
@@ -110,6 +112,10 @@ class Communicator(ABC, Collectives):
     def fail(self, error: CommError) -> None:
         """Give up, from any thread: whoever waits here is woken with an error. Does not block."""
         self.failure = error
+
+    def translated(self, error: RuntimeError, what: str) -> CommError:
+        """The error of the layer's own tree that says the same as the transport's."""
+        return self.failure or CommError(f"{what}: {error}")
 
     def version(self) -> str:
         """What exactly this is, for people and for caches."""

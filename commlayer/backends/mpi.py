@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from commlayer.arithmetic import premultiplied
+from commlayer.arithmetic import SIGNED_OF_WIDTH, premultiplied
 from commlayer.backends.base import INTERNAL_TAG, Closed, Communicator, Counts, Message, messages_to_all, offsets
 from commlayer.backends.mpi_job import unlink_segments
 from commlayer.backends.mpi_requests import MPI, Pending, Received, abandoned, finish, in_time, reap, translate
@@ -66,6 +66,7 @@ class MpiCommunicator(Communicator):
         self.rank = comm.rank
         self.size = comm.size
         self.timeout = timeout
+        self.threads = MPI.Query_thread() >= MPI.THREAD_MULTIPLE
         self.spin = in_time(lambda: _spin(comm), timeout) if spin is None else spin
 
     def version(self) -> str:
@@ -90,7 +91,9 @@ class MpiCommunicator(Communicator):
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work:
         if counts is None:
-            request = self._comm.Iallgather(_buffer(x), self._even(out))
+            own = out.data_ptr() + self.rank * x.nbytes
+            send = MPI.IN_PLACE if x.nbytes and x.data_ptr() == own else _buffer(x)
+            request = self._comm.Iallgather(send, self._even(out))
         else:
             request = self._comm.Iallgatherv(_buffer(x), _shares(out, counts))
         return Pending(self, request, "all_gather", out, x)
@@ -131,6 +134,12 @@ class MpiCommunicator(Communicator):
     def recv(self, x: torch.Tensor, src: int, tag: int) -> Work:
         comm, tag = self._channel(tag)
         return Received(self, comm.Irecv(_buffer(x), src, tag), x)
+
+    def recv_any(self, x: torch.Tensor, tag: int) -> Received:
+        """Receive from whichever rank sends first; its ``source`` says who did."""
+        if x.dtype not in DATATYPES:
+            x = x.view(torch.uint8 if x.itemsize == 1 else SIGNED_OF_WIDTH[x.itemsize])  # as the planner has it sent
+        return Received(self, self._comm.Irecv(_buffer(x), MPI.ANY_SOURCE, tag), x)
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], tag: int) -> Work:
         works = [self.recv(x, src, tag) for x, src in recvs]

@@ -103,12 +103,16 @@ class Received(Pending):
         self._expected = x.nbytes
         self._test = lambda: request.Test(status)
 
+    @property
+    def source(self) -> int:
+        """The rank that sent it, once it is complete."""
+        return self._status.Get_source()
+
     def _finish(self) -> None:
         super()._finish()
         got = self._status.Get_count(MPI.BYTE)
         if got != self._expected:
-            source = self._status.Get_source()
-            raise CollectiveMismatch(f"recv: expected {self._expected} bytes, rank {source} sent {got}")
+            raise CollectiveMismatch(f"recv: expected {self._expected} bytes, rank {self.source} sent {got}")
 
 
 def translate(error: MPI.Exception, what: str) -> CommError:

@@ -68,8 +68,8 @@ def _plugin(name: str) -> Constructor:
                 f"backend ccl: {error}; pip install 'commlayer[intel]' (torch >= 2.7 has xccl built in instead)"
             ) from error
     plugin = dist.Backend._plugins.get(name.upper())
-    if plugin is None:
-        known = ", ".join(sorted({*DEVICE_OF, *(key.lower() for key in dist.Backend._plugins)}))
+    if plugin is None or name == "commlayer":  # which is the layer itself
+        known = ", ".join(sorted({*DEVICE_OF, *(key.lower() for key in dist.Backend._plugins)} - {"commlayer"}))
         raise BackendUnavailable(f"backend {name!r}: torch.distributed knows none of that name (known: {known})")
     if not plugin.extended_api:
         return plugin.creator_fn

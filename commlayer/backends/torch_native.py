@@ -332,22 +332,18 @@ def create(
     return TorchCommunicator(group, name, device, store, timeout, address)
 
 
-def wrap_default_group(timeout: float | None, generation: int) -> TorchCommunicator:
-    """The default group of a program that has initialised torch.distributed itself; its timeout where None is given."""
-    config = dist.get_backend_config()
-    pairs = dict(item.split(":") for item in str(config).split(",") if ":" in item)
+def wrap(group: Any, store: Any, timeout: float | None = None) -> TorchCommunicator:
+    """A process group that the program has made itself; its own timeout where None is given."""
+    pairs = dict(item.split(":") for item in dist.get_backend_config(group).split(",") if ":" in item)
     # An accelerator only where its own library serves it: plain gloo lists every device it could stage.
     kinds = [kind for kind in ("cuda", "xpu") if DEVICE_OF.get(pairs.get(kind, "")) == kind]
     kind = next((kind for kind in kinds if getattr(torch, kind).is_available()), "cpu")
-    name = pairs.get(kind, dist.get_backend())
+    name = pairs.get(kind, dist.get_backend(group))
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, getattr(torch, kind).current_device())
-    world = dist.group.WORLD
-    assert world is not None
-    store = dist.PrefixStore(f"commlayer/{generation}", host_store())
-    group = world._get_backend(torch.device(kind))
-    theirs = getattr(getattr(group, "options", None), "_timeout", dist.default_pg_timeout)
+    backend = group._get_backend(torch.device(kind))
+    theirs = getattr(getattr(backend, "options", None), "_timeout", dist.default_pg_timeout)
     seconds = timeout if timeout is not None else theirs.total_seconds()
-    return TorchCommunicator(group, name, device, store, seconds, owned=False)
+    return TorchCommunicator(backend, name, device, store, seconds, owned=False)
 
 
 def host_store() -> Any:
