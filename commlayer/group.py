@@ -259,7 +259,7 @@ class Group:
             return self
         return self._child(members)
 
-    def _child(self, members: tuple[int, ...]) -> Group:
+    def _child(self, members: tuple[int, ...], timeout: float | None = None) -> Group:
         assert self._comm is not None
         world_ranks = [self.ranks[rank] for rank in members]
         if self.rank not in members:
@@ -270,6 +270,8 @@ class Group:
             return Group(Single(self.device, self.timeout), world_ranks, alone, self._policy, dog=dog)
         seat = self._seat(world_ranks)
         comm = self._comm.subgroup(members, seat)
+        if timeout is not None:
+            comm.limit_to(timeout)
         child = Group(comm, world_ranks, self._capabilities, self._policy, dog=dog)
         self._children.append(child)
         return child

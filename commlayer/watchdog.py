@@ -144,7 +144,7 @@ class Watch:
         self.seq = 0
         self.failure: tuple[type[CommError], str, str] | None = None  # kind, reason, and the call that met it first
         self.trace = dog.trace
-        self._bound = math.inf  # collectives that can still happen
+        self.bound = math.inf  # collectives that can still happen
         # Under COMMLAYER_DEBUG, counted by source, destination and tag.
         self.messages: Counter[tuple[int, int, int]] = Counter()
         self._checks = (dog.debug or dog.check_nan) and comm.size > 1
@@ -185,7 +185,7 @@ class Watch:
         if not peers:
             self.seq = op.seq = self.seq + 1
         self._record(op)
-        if self.seq > self._bound or (peers and self.dog.left):
+        if self.seq > self.bound or (peers and self.dog.left):
             self._refuse(op)
         if self._checks:
             self._check(op, x)
@@ -202,7 +202,7 @@ class Watch:
         """Break the group: whoever waits in it is woken, and nobody can use it any more."""
         if self.failure is None:
             self.failure = (kind, why, origin)
-            self._bound = -1
+            self.bound = -1
             self.dog.broken = True
             self.comm.fail(kind(why))
             with self.dog.changed:
@@ -216,9 +216,9 @@ class Watch:
         """A rank has finalized, having taken part in so many collectives of this group."""
         if rank not in self.ranks:
             return
-        self._bound = min(self._bound, ends.get(self.label, 0))
+        self.bound = min(self.bound, ends.get(self.label, 0))
         for op in self.dog.recorder.unfinished():
-            if op.watch is self and (op.seq or 0) > self._bound:
+            if op.watch is self and (op.seq or 0) > self.bound:
                 self.fail(PeerLost, self._left(rank))
             elif op.watch is self and op.waiting:
                 self.expect(op)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from commlayer.control.seat import Seat
-from commlayer.errors import CommError
+from commlayer.errors import CommError, UnsupportedOperation
 from commlayer.reduce_op import ReduceOp
 from commlayer.work import Work
 
@@ -91,6 +91,10 @@ class Communicator(ABC, Collectives):
     threads = True  # whether several threads may call it at once
     seat: Seat | None = None  # at the control channel; None for one rank alone
 
+    def recv_any(self, x: torch.Tensor, tag: int) -> Any:
+        """Receive from whichever rank sends first: a Work whose ``source`` says who did."""
+        raise UnsupportedOperation(f"recv from any source: backend {self.name} cannot; name the source")
+
     @abstractmethod
     def subgroup(self, ranks: Sequence[int], seat: Seat) -> Communicator:
         """A communicator of these group-local ranks, in this order; called by its members only, when all are there."""
@@ -98,6 +102,10 @@ class Communicator(ABC, Collectives):
     def share(self, value: bytes) -> list[bytes]:
         """Every rank's value, through the control channel."""
         return [value] if self.seat is None else self.seat.share(value, self.timeout)
+
+    def limit_to(self, timeout: float) -> None:
+        """Give operations another time than the communicator that this one was made from."""
+        self.timeout = timeout
 
     def limit(self, timeout: float | None) -> float:
         """Seconds that a wait may take from now; a millisecond at the least, for torch takes less for no limit."""

@@ -136,7 +136,6 @@ class MpiCommunicator(Communicator):
         return Received(self, comm.Irecv(_buffer(x), src, tag), x)
 
     def recv_any(self, x: torch.Tensor, tag: int) -> Received:
-        """Receive from whichever rank sends first; its ``source`` says who did."""
         if x.dtype not in DATATYPES:
             x = x.view(torch.uint8 if x.itemsize == 1 else SIGNED_OF_WIDTH[x.itemsize])  # as the planner has it sent
         return Received(self, self._comm.Irecv(_buffer(x), MPI.ANY_SOURCE, tag), x)

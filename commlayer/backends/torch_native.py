@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d as c10d
 from commlayer.backends.base import INTERNAL_TAG, Closed, Communicator, Counts, Message, pieces
 from commlayer.backends.process_groups import DEVICE_OF, constructor
 from commlayer.backends.single import Single
-from commlayer.backends.torch_requests import Letter, Native, plain, translate
+from commlayer.backends.torch_requests import FromAny, Letter, Native, plain, translate
 from commlayer.control.client import Client
 from commlayer.control.seat import Seat
 from commlayer.control.store import HubStore
@@ -89,6 +89,11 @@ class TorchCommunicator(Communicator):
 
     def translated(self, error: RuntimeError, what: str) -> CommError:
         return self.failure or translate(error, f"{what} on rank {self.rank} of {self.size}")
+
+    def limit_to(self, timeout: float) -> None:
+        super().limit_to(timeout)
+        if self._timedelta is not UNLIMITED:
+            self._timedelta = timedelta(seconds=timeout)
 
     def _start(self, what: str, call: Callable[..., Any], *arguments: Any, keep: Any = ()) -> Work:
         try:
@@ -177,6 +182,12 @@ class TorchCommunicator(Communicator):
         if self._batched:
             return self.exchange([], [(x, src)], tag)
         return self._start("recv", self.group.recv, [plain(x)], src, tag)
+
+    def recv_any(self, x: torch.Tensor, tag: int) -> FromAny:
+        try:
+            return FromAny(self, self.group.recv_anysource([plain(x)], tag), "recv", x)
+        except RuntimeError as error:
+            raise self.translated(error, "recv") from error
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], tag: int) -> Work:
         # Messages to oneself first, sends before receives; they never reach the process group.

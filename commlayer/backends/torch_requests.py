@@ -67,6 +67,19 @@ class Native(Work):
             self._comm.adopt(self._work, self._what in MESSAGES, self._tensors)
 
 
+class FromAny(Native):
+    """A message from whichever rank sends first; its ``source`` says who did, once it is there."""
+
+    __slots__ = ("source",)
+
+    def wait(self, timeout: float | None = None) -> Any:
+        work = self._work
+        super().wait(timeout)
+        if work is not None:
+            self.source = work._source_rank()
+        return self.result
+
+
 def translate(error: RuntimeError, where: str) -> CommError:
     """The error of the layer's own tree that says the same as torch's."""
     text = str(error)

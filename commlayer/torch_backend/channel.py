@@ -14,8 +14,11 @@ from commlayer.backends.torch_requests import MESSAGES
 from commlayer.capability import Request
 from commlayer.group import Group
 from commlayer.reduce_op import ReduceOp
-from commlayer.torch_backend.works import Futures, NativeWork, TorchWork
+from commlayer.torch_backend.works import Done, Futures, NativeWork, TorchWork
 from commlayer.work import Work
+
+_NONE = timedelta(0)
+_DONE = Done()
 
 
 class Channel:
@@ -45,7 +48,7 @@ class Channel:
             backend = self._decided[key]
         except KeyError:
             backend = self._decided[key] = self._decide(op, x, reduce, layout)
-        return None if self.watch.failure is not None and backend is self._native else backend
+        return None if backend is self._native and self.watch.seq >= self.watch.bound else backend
 
     def _decide(self, op: str, x: torch.Tensor, reduce: Any, layout: str) -> Any:
         kind = x.device.type
@@ -57,8 +60,16 @@ class Channel:
         name = None if reduce is None else reduce.__getstate__()[0].name.lower()
         return self._native if self.group.capabilities().native(Request(op, name, x.dtype, kind, layout)) else None
 
-    def started(self, name: str, work: dist.Work, outputs: list[Any]) -> TorchWork:
-        """What a backend of torch's has started."""
+    def started(self, name: str, work: dist.Work, outputs: list[Any], opts: Any = None) -> dist.Work:
+        """What a backend of torch's has started: not recorded, but counted, as where the group does the same."""
+        if name not in MESSAGES:
+            self.watch.seq += 1
+        if opts is not None and not getattr(opts, "asyncOp", True):  # as torch's functions say, which wait at once
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise self.watch.explain_native(name, error) from error
+            return _DONE
         made = NativeWork(work, outputs, self._futures, lambda error: self.watch.explain_native(name, error))
         made.message = name in MESSAGES
         return made
@@ -74,12 +85,15 @@ class Channel:
         reduce: ReduceOp | None = None,
         details: tuple[Any, ...] = (),
         peers: tuple[int, ...] = (),
-    ) -> TorchWork:
+    ) -> dist.Work:
         """An operation of the group's, under its deadline and in its records."""
         timeout = None
-        if opts is not None and opts.timeout.total_seconds() > 0:
-            timeout = opts.timeout.total_seconds()
+        if opts is not None and (given := opts.timeout) > _NONE:
+            timeout = given.total_seconds()
         call = self.watch.begin(name, x, reduce, details, timeout, peers)
+        if opts is not None and not getattr(opts, "asyncOp", True):
+            call.run(start)
+            return _DONE
         work = TorchWork(call.run(start, async_op=True), outputs, self._futures)
         work.message = bool(peers)
         return work

@@ -29,7 +29,8 @@ def create(options: Any) -> ProcessGroup:
     elif ranks:
         if not runtime.is_initialized():
             raise CommError('new_group(backend="commlayer"): call commlayer.init() first, on every rank')
-        group = runtime.world()._child(ranks)
+        timeout = Settings.from_env().timeout or options.timeout.total_seconds()
+        group = runtime.world()._child(ranks, timeout)
         made = _process_group(group, options)
         made.at_shutdown(group.close)
     else:

@@ -23,6 +23,19 @@ _thread = threading.local()  # .depth of a Completer, in its thread
 
 
 @untraced
+class Done(dist.Work):
+    """What has already been waited for."""
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+    is_success = is_completed
+
+
+@untraced
 class TorchWork(dist.Work):
     """A ``commlayer.Work`` for callers from torch; ``outputs`` are what its future is worth, as with gloo.
 
@@ -198,12 +211,17 @@ class _Future(torch.futures.Future):
         self._devices, self._completer = devices, completer
 
     def then(self, callback: Callable[[Any], Any]) -> Any:
+        if self._completer is None:
+            return super().then(callback)
         following = _Future(self._devices, self._completer)
         following.soon(lambda: callback(self), after=self)
         return following
 
     def add_done_callback(self, callback: Callable[[Any], Any]) -> None:
-        self.then(callback)
+        if self._completer is None:
+            super().add_done_callback(callback)
+        else:
+            self.then(callback)
 
     def soon(self, value: Callable[[], Any], after: Any = None) -> None:
         """Complete it with a value that is found in the completer's thread."""
