@@ -256,6 +256,9 @@ class Watch:
             # The backend has noticed first: the control channel will tell who it is.
             with self.dog.changed:
                 self.dog.changed.wait_for(lambda: self.failure is not None, NEWS if self.dog.control else 0)
+            gone = next((rank for rank in self.ranks if rank in self.dog.left), None)
+            if gone is not None and isinstance(error, PeerLost):
+                self.fail(PeerLost, self._left(gone))
         if self.failure is None:
             if isinstance(error, CollectiveMismatch) and op.peers:
                 return CollectiveMismatch(f"{op}: {error}")  # one message is gone, and nothing else

@@ -84,8 +84,12 @@ def deal(buffer: Tensor, rows: Sequence[Tensor]) -> None:
         plain(row).copy_(values.view(row.shape))
 
 
+def check_tensors(parts: Sequence[Tensor], group: Group) -> None:
+    for part in parts:
+        check_tensor(part, group, "tensor")
+
+
 def check_pair(output: Tensor, x: Tensor, wanted: int, got: int, group: Group) -> None:
-    check_tensor(output, group, "output")
     if output.dtype != x.dtype:
         raise TypeError(f"output: expected dtype {x.dtype}, got {output.dtype}")
     if wanted != got:
@@ -97,7 +101,6 @@ def check_list(parts: Sequence[Tensor], x: Tensor, group: Group, equal: bool = F
     if len(parts) != group.size:
         raise ValueError(f"tensor list: expected one for each of {group.size} ranks, got {len(parts)}")
     for part in parts:
-        check_tensor(part, group, "tensor list")
         if part.dtype != x.dtype:
             raise TypeError(f"tensor list: expected dtype {x.dtype}, got {part.dtype}")
         if equal and part.numel() != x.numel():

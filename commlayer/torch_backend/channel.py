@@ -70,9 +70,7 @@ class Channel:
             except RuntimeError as error:
                 raise self.watch.explain_native(name, error) from error
             return _DONE
-        made = NativeWork(work, outputs, self._futures, lambda error: self.watch.explain_native(name, error))
-        made.message = name in MESSAGES
-        return made
+        return NativeWork(work, outputs, self._futures, name, self.watch)
 
     def run(
         self,

@@ -19,6 +19,7 @@ from commlayer.torch_backend.arguments import (
     alike,
     check_list,
     check_pair,
+    check_tensors,
     counts_of,
     deal,
     joined,
@@ -37,11 +38,11 @@ Tensor = torch.Tensor
 class Movement(Calls):
     def broadcast(self, tensors: Any, opts: Any = None, timeout: Any = None) -> dist.Work:
         (x,), opts = listed(tensors, self.group), options_of(c10d.BroadcastOptions, opts, timeout, "rootRank")
+        root = check_rank(opts.rootRank, self.group, "src")
         channel = self._channel()
         direct = channel.direct("broadcast", x)
         if direct is not None and x.is_contiguous():
             return channel.started("broadcast", direct.broadcast([x], opts), [x], opts)
-        root = check_rank(opts.rootRank, self.group, "src")
         check_tensor(x, self.group)
 
         def start() -> tuple[Any, Work]:
@@ -57,13 +58,13 @@ class Movement(Calls):
 
     def all_gather_single(self, output: Tensor, x: Tensor, opts: Any = None) -> dist.Work:
         output, x, opts = own(output, self.group), own(x, self.group), options_of(c10d.AllgatherOptions, opts)
+        check_pair(output, x, output.numel(), x.numel() * self.group.size, self.group)
         channel = self._channel()
         direct = channel.direct("all_gather", x)
         if direct is not None and x.is_contiguous() and output.is_contiguous():
             flat_output, flat_x = alike(output, x)
             return channel.started("all_gather", direct._allgather_base(flat_output, flat_x, opts), [output], opts)
-        check_tensor(x, self.group)
-        check_pair(output, x, output.numel(), x.numel() * self.group.size, self.group)
+        check_tensors([x, output], self.group)
 
         def start() -> tuple[Any, Work]:
             data, target = plain(x), plain(output)
@@ -79,16 +80,16 @@ class Movement(Calls):
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None, timeout: Any = None) -> dist.Work:
         (rows,), (x,) = lists(outputs, self.group), listed(inputs, self.group)
         opts = options_of(c10d.AllgatherOptions, opts, timeout)
+        check_list(rows, x, self.group)
         counts = [row.numel() for row in rows]
+        if counts[self.group.rank] != x.numel():
+            raise ValueError(f"tensor: has {x.numel()} elements, but this rank's place in tensor_list is of {counts}")
         uneven = if_uneven(counts)
         channel = self._channel()
         direct = channel.direct("all_gather", x, layout="even" if uneven is None else "uneven")
         if direct is not None and x.is_contiguous() and all(row.is_contiguous() for row in rows):
             return channel.started("all_gather", direct.allgather([rows], [x], opts), rows, opts)
-        check_tensor(x, self.group)
-        check_list(rows, x, self.group)
-        if counts[self.group.rank] != x.numel():
-            raise ValueError(f"tensor: has {x.numel()} elements, but this rank's place in tensor_list is of {counts}")
+        check_tensors([x, *rows], self.group)
 
         def start() -> tuple[Any, Work]:
             buffer = x.new_empty(sum(counts))
@@ -98,8 +99,8 @@ class Movement(Calls):
         return channel.run("all_gather", x, start, rows, opts, details=(None, 0, counts))
 
     def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        rows = zip(outputs, inputs, strict=True)
-        return together([self.allgather([o], [x], opts) for o, x in rows], self._futures)
+        rows = zip(zip(*outputs, strict=True), inputs, strict=True)  # outputs[rank][number]
+        return together([self.allgather([list(o)], [x], opts) for o, x in rows], self._futures)
 
     def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         pairs = zip(outputs, inputs, strict=True)
@@ -110,13 +111,13 @@ class Movement(Calls):
         root = check_rank(opts.rootRank, self.group, "dst")
         at_root = self.group.rank == root
         rows = lists(outputs, self.group)[0] if at_root else []
+        if at_root:
+            check_list(rows, x, self.group, equal=True)
         channel = self._channel()
         direct = channel.direct("gather", x)
         if direct is not None and x.is_contiguous() and all(row.is_contiguous() for row in rows):
             return channel.started("gather", direct.gather([rows] if at_root else [], [x], opts), rows, opts)
-        check_tensor(x, self.group)
-        if at_root:
-            check_list(rows, x, self.group, equal=True)
+        check_tensors([x, *rows], self.group)
 
         def start() -> tuple[Any, Work]:
             if not x.numel():
@@ -133,16 +134,15 @@ class Movement(Calls):
         root = check_rank(opts.rootRank, self.group, "src")
         at_root = self.group.rank == root
         parts = lists(inputs, self.group)[0] if at_root else []
+        if at_root:
+            check_list(parts, output, self.group, equal=True)
         channel = self._channel()
         direct = channel.direct("scatter", output)
         if direct is not None and output.is_contiguous() and all(part.is_contiguous() for part in parts):
             return channel.started(
                 "scatter", direct.scatter([output], [parts] if at_root else [], opts), [output], opts
             )
-        check_tensor(output, self.group)
-        if at_root:
-            check_list(parts, output, self.group, equal=True)
-
+        check_tensors([output, *parts], self.group)
         data = joined(parts) if at_root else shaped((output.numel() * self.group.size,), output)
 
         def start() -> tuple[Any, Work]:
@@ -159,14 +159,6 @@ class Movement(Calls):
         output, x, opts = own(output, self.group), own(x, self.group), options_of(c10d.AllToAllOptions, opts)
         outgoing, incoming = list(input_splits or ()), list(output_splits or ())
         even = not outgoing and not incoming
-        channel = self._channel()
-        direct = channel.direct("all_to_all", x, layout="even" if even else "uneven")
-        if direct is not None and x.is_contiguous() and output.is_contiguous():
-            return channel.started(
-                "all_to_all", direct.alltoall_base(output, x, incoming, outgoing, opts), [output], opts
-            )
-        check_tensor(x, self.group)
-        check_tensor(output, self.group, "output")
         sent, received = counts_of("input", x, outgoing, self.group), counts_of("output", output, incoming, self.group)
         if output.dtype != x.dtype:
             raise TypeError(f"output: expected dtype {x.dtype}, got {output.dtype}")
@@ -175,6 +167,13 @@ class Movement(Calls):
                 f"output_split_sizes: {received[self.group.rank]} elements from this rank itself, but "
                 f"input_split_sizes sends it {sent[self.group.rank]}"
             )
+        channel = self._channel()
+        direct = channel.direct("all_to_all", x, layout="even" if even else "uneven")
+        if direct is not None and x.is_contiguous() and output.is_contiguous():
+            return channel.started(
+                "all_to_all", direct.alltoall_base(output, x, incoming, outgoing, opts), [output], opts
+            )
+        check_tensors([x, output], self.group)
 
         def start() -> tuple[Any, Work]:
             data = plain(x)
@@ -195,11 +194,10 @@ class Movement(Calls):
         channel = self._channel()
         if x.device.type in self._beside:
             return self._beside[x.device.type].alltoall(outputs, inputs, opts)
-        check_tensor(x, self.group)
         check_list(inputs, x, self.group)
         check_list(outputs, x, self.group)
+        check_tensors([*inputs, *outputs], self.group)
         sent, received = [part.numel() for part in inputs], [part.numel() for part in outputs]
-
         data = joined(inputs)
 
         def start() -> tuple[Any, Work]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +13,15 @@ from torch.distributed import distributed_c10d as c10d
 from commlayer.backends.torch_requests import plain
 from commlayer.checks import check_rank, check_tensor
 from commlayer.differentiable import finished
+from commlayer.errors import UnsupportedOperation
 from commlayer.functional import if_uneven
 from commlayer.layout import destination, flat
-from commlayer.reduce_op import ReduceOp
+from commlayer.reduce_op import SUM, ReduceOp
 from commlayer.torch_backend.arguments import (
     alike,
     check_list,
     check_pair,
+    check_tensors,
     joined,
     listed,
     lists,
@@ -27,6 +30,7 @@ from commlayer.torch_backend.arguments import (
     reduce_op,
 )
 from commlayer.torch_backend.calls import Calls
+from commlayer.torch_backend.channel import Channel
 from commlayer.torch_backend.works import together
 from commlayer.work import Work
 
@@ -41,6 +45,8 @@ class Reductions(Calls):
         direct = channel.direct("all_reduce", x, reduce)
         if direct is not None and (x.layout is not torch.strided or x.is_contiguous()):
             return channel.started("all_reduce", direct.allreduce([x], opts), [x], opts)
+        if x.layout is torch.sparse_coo:
+            return self._sparse(channel, x, opts)
         op = self._checked(x, reduce)
 
         def start() -> tuple[Any, Work]:
@@ -85,6 +91,7 @@ class Reductions(Calls):
     def reduce_scatter_single(self, output: Tensor, x: Tensor, opts: Any = None) -> dist.Work:
         output, x, opts = own(output, self.group), own(x, self.group), options_of(c10d.ReduceScatterOptions, opts)
         reduce = opts.reduceOp
+        check_pair(output, x, output.numel() * self.group.size, x.numel(), self.group)
         channel = self._channel()
         direct = channel.direct("reduce_scatter", x, reduce)
         if direct is not None and x.is_contiguous() and output.is_contiguous():
@@ -92,8 +99,8 @@ class Reductions(Calls):
             return channel.started(
                 "reduce_scatter", direct._reduce_scatter_base(flat_output, flat_x, opts), [output], opts
             )
+        check_tensor(output, self.group, "output")
         op = self._checked(x, reduce)
-        check_pair(output, x, output.numel() * self.group.size, x.numel(), self.group)
 
         def start() -> tuple[Any, Work]:
             data = plain(x)
@@ -110,6 +117,7 @@ class Reductions(Calls):
         if output.device.type in self._beside:
             return self._beside[output.device.type].reduce_scatter([output], [parts], opts)
         check_list(parts, output, self.group)
+        check_tensors(parts, self.group)
         op = self._checked(output, opts.reduceOp)
         counts = [part.numel() for part in parts]
         if counts[self.group.rank] != output.numel():
@@ -127,6 +135,31 @@ class Reductions(Calls):
     def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         pairs = zip(outputs, inputs, strict=True)
         return together([self.reduce_scatter_single(o, x, opts) for o, x in pairs], self._futures)
+
+    def _sparse(self, channel: Channel, x: Tensor, opts: Any) -> dist.Work:
+        """The sum of sparse tensors, as everybody's elements one after the other."""
+        if hash(opts.reduceOp) != hash(dist.ReduceOp.SUM):
+            raise UnsupportedOperation("all_reduce of sparse tensors: SUM alone, as in torch's own backends")
+        mine = x.detach().coalesce()
+        indices, values = mine.indices().t().contiguous(), mine.values()
+        sizes = torch.empty(self.group.size, dtype=torch.int64, device=x.device)
+
+        def everybodys(part: Tensor) -> Tensor:
+            width = math.prod(part.shape[1:])
+            counts = [size * width for size in sizes.tolist()]
+            gathered = part.new_empty(sum(counts))
+            channel.flat.all_gather(gathered, flat(part), counts).wait()
+            return gathered.view(-1, *part.shape[1:])
+
+        def start() -> tuple[Any, Work]:
+            channel.flat.all_gather(sizes, sizes.new_tensor([len(values)]), None).wait()
+            if sizes.any():
+                total = torch.sparse_coo_tensor(everybodys(indices).t(), everybodys(values), x.shape).coalesce()
+                with torch.no_grad():
+                    x.copy_(total)
+            return None, Work()
+
+        return channel.run("all_reduce", values, start, [x], opts, reduce=SUM)
 
     def _checked(self, x: Tensor, reduce: Any) -> ReduceOp:
         check_tensor(x, self.group)

@@ -15,7 +15,9 @@ import torch.distributed as dist
 
 from commlayer.backends.base import Communicator
 from commlayer.backends.torch_native import TorchCommunicator
+from commlayer.backends.torch_requests import MESSAGES
 from commlayer.torch_backend.untraced import untraced
+from commlayer.watchdog import Watch
 from commlayer.work import Work
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 5e-5, 1e-3  # seconds between two looks at a work that somebody's future is of
@@ -113,21 +115,27 @@ class NativeWork(TorchWork):
     PowerSGD with several buckets).
     """
 
-    def __init__(self, work: Any, outputs: list[Any], futures: Futures, explain: Callable[[RuntimeError], Any]) -> None:
+    def __init__(self, work: Any, outputs: list[Any], futures: Futures, name: str, watch: Watch) -> None:
         super().__init__(work, outputs, futures)
-        self._explain = explain
+        self._name, self._watch = name, watch
+        self.message = name in MESSAGES
 
     def _end(self, timeout: timedelta | None) -> None:
         try:
             self._work.wait() if timeout is None else self._work.wait(timeout)
         except RuntimeError as error:
-            raise self._explain(error) from error
+            raise self._watch.explain_native(self._name, error) from error
 
     def _done(self) -> bool:
         return self._work.is_completed()
 
     def _source_rank(self) -> int:
         return self._work._source_rank()
+
+    def __del__(self) -> None:
+        # A gloo message is only as alive as its handle, and a program may drop the handle of one that it sends.
+        if self.message and isinstance(self._watch.comm, TorchCommunicator) and not self._work.is_completed():
+            self._watch.comm.adopt(self._work, True, self._outputs)
 
 
 def together(works: Sequence[dist.Work], futures: Futures) -> dist.Work:

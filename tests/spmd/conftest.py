@@ -14,7 +14,10 @@ from commlayer.launch import discover
 
 # Which emulations the parallel modules are run with: what they ask of the layer is in the other files, with all.
 ON_PARALLEL = ("xccl-2.7", "only-send-recv")
-PARALLEL = ("test_attention", "test_moe", "test_rng_clip_amp", "test_tensor", "test_train", "test_vit")
+PARALLEL = (
+    *("test_attention", "test_moe", "test_rng_clip_amp", "test_tensor", "test_torch_backend", "test_train"),
+    "test_vit",
+)
 
 
 def pytest_collection_modifyitems(items):
