@@ -35,6 +35,7 @@ class Channel:
         self._native = comm.group if isinstance(comm, TorchCommunicator) and not watched else None
         if self._native is not None and group.backend == "gloo":
             self._native._set_default_timeout(timedelta(seconds=group.timeout))  # the layer's own calls bring theirs
+        self._never = self._native is None and not beside
         # (op, dtype, device, reduce op, layout) -> the backend of torch's to call, or None for the group.
         self._decided: dict[tuple[Any, ...], Any] = {}
 
@@ -43,6 +44,8 @@ class Channel:
 
         Every rank decides alike: of the tensor, only dtype and device count.
         """
+        if self._never:
+            return None
         key = (op, x.dtype, x.device, None if reduce is None else hash(reduce), layout)
         try:
             backend = self._decided[key]
