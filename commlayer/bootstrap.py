@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,8 +47,8 @@ def placed(rank: int, size: int) -> Launch:
         found = discover()
     except LaunchError:  # incomplete, or more than one: nothing that the program does not know better
         return Launch("init_process_group", rank, size)
-    if found.launcher != "none" and found.rank == rank and found.size in (size, None):
-        return replace(found, size=size)
+    if found.launcher != "none" and (found.rank, found.size) == (rank, size):
+        return found
     return Launch("init_process_group", rank, size)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import typing_extensions
 
 from commlayer.backends.base import Communicator
 from commlayer.capability import NAME_OF
@@ -33,7 +34,10 @@ SCHEMA = "commlayer.flight/1"
 LENGTH = 512  # operations kept
 
 # A call site is the first line outside of these: the program's, or the library's that uses the layer.
-_INSIDE = tuple(str(Path(module).parent) + os.sep for module in (__file__, torch.__file__))
+_INSIDE = (
+    *(str(Path(module).parent) + os.sep for module in (__file__, torch.__file__)),
+    typing_extensions.__file__,  # around what torch calls deprecated
+)
 _now = time.perf_counter_ns
 
 

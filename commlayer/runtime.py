@@ -53,8 +53,8 @@ def init(backend: str | None = None, *, timeout: float | None = None) -> Group:
     return start(backend, timeout)
 
 
-def start(backend: str | None, timeout: float | None, place: tuple[Any, int, int] | None = None) -> Group:
-    """``init``; ``place`` is the store, rank and size of a program that starts torch.distributed on the layer.
+def start(backend: str | None, timeout: float | None, place: tuple[Any, Launch] | None = None) -> Group:
+    """``init``; ``place`` is the store of a program that starts torch.distributed on the layer, and who it says it is.
 
     Its timeout counts where COMMLAYER_TIMEOUT is not set: torch always gives one.
     """
@@ -79,8 +79,7 @@ def start(backend: str | None, timeout: float | None, place: tuple[Any, int, int
     comm: Communicator
     try:
         if place is not None:
-            store, rank, size = place
-            _launch = bootstrap.placed(rank, size)
+            store, _launch = place
             chosen = bootstrap.choose(_launch) if wanted == "auto" else wanted
             comm, _control = bootstrap.connect(chosen, _launch, limit or DEFAULT_TIMEOUT, _generation + 1, store)
         elif dist.is_initialized() and wanted in ("auto", dist.get_backend()):

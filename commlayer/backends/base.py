@@ -89,6 +89,9 @@ class Communicator(ABC, Collectives):
     deadline: float | None = None  # of the operation in progress, by time.perf_counter()
     failure: CommError | None = None  # why nothing more can happen here
     threads = True  # whether several threads may call it at once
+    uneven_apart = (
+        False  # whether even and uneven all_to_alls are different things on the wire, so ranks must not mix them
+    )
     seat: Seat | None = None  # at the control channel; None for one rank alone
 
     def recv_any(self, x: torch.Tensor, tag: int) -> Any:

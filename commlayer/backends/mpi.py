@@ -7,6 +7,7 @@ ranks (MPI 4.1, section 6.12), and only a request that is tested can have a dead
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ class MpiCommunicator(Communicator):
     """Ranks of an MPI communicator. The layer's own messages travel on a duplicate, apart from users'."""
 
     name = "mpi"
+    uneven_apart = True
     device = torch.device("cpu")
 
     def __init__(self, comm: MPI.Intracomm, timeout: float, spin: float | None = None) -> None:
@@ -158,7 +160,9 @@ class MpiCommunicator(Communicator):
     def subgroup(self, ranks: Sequence[int], seat: Seat) -> MpiCommunicator:
         group = self._comm.Get_group().Incl(list(ranks))
         try:
-            comm = in_time(lambda: self._comm.Create_group(group, tag=0), self.timeout)
+            # The tag tells it from another of the same ranks that another thread makes at the same time.
+            tag = zlib.crc32(seat.label.encode()) % INTERNAL_TAG
+            comm = in_time(lambda: self._comm.Create_group(group, tag=tag), self.timeout)
             made = MpiCommunicator(comm, self.timeout, self.spin)
             made.seat = seat
             return made

@@ -2,8 +2,8 @@
 
 >>> torch.distributed.init_process_group("commlayer")
 
-What is underneath is chosen by the layer's own variables (COMMLAYER_BACKEND and so on). This module only makes the
-name known, when commlayer is imported or torch finds its entry point; the rest is loaded at first use.
+What is underneath is chosen by the layer's own variables (COMMLAYER_BACKEND and so on). The name is made known when
+commlayer is imported, which torch itself does where the package is installed (entry point ``torch.backends``).
 """
 
 from __future__ import annotations

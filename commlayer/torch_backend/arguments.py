@@ -40,6 +40,19 @@ def lists(tensors: Any, group: Group) -> list[list[Tensor]]:
     return [listed(row, group) for row in nested]
 
 
+def one(tensors: Any, group: Group) -> Tensor:
+    """The tensor of a call that takes a list of one."""
+    found = listed(tensors, group)
+    if len(found) != 1:
+        raise ValueError(f"tensors: expected one, got {len(found)}")
+    return found[0]
+
+
+def as_it_lies(*tensors: Tensor) -> bool:
+    """Whether the memory holds the values in their order, and nothing else is to be done to them."""
+    return all([x.is_contiguous() and not x.is_neg() and not x.is_conj() for x in tensors])  # noqa: C419 - faster
+
+
 def options_of(kind: Any, given: Any, timeout: Any = None, field: str = "") -> Any:
     """The options of a call; where it was called by values (a reduce op, a root), those as options."""
     if type(given) is kind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -35,6 +36,7 @@ class Channel:
         self._native = comm.group if isinstance(comm, TorchCommunicator) and not watched else None
         if self._native is not None and group.backend == "gloo":
             self._native._set_default_timeout(timedelta(seconds=group.timeout))  # the layer's own calls bring theirs
+        self._last: Callable[[], NativeWork | None] = lambda: None
         self._never = self._native is None and not beside
         # (op, dtype, device, reduce op, layout) -> the backend of torch's to call, or None for the group.
         self._decided: dict[tuple[Any, ...], Any] = {}
@@ -73,7 +75,9 @@ class Channel:
             except RuntimeError as error:
                 raise self.watch.explain_native(name, error) from error
             return _DONE
-        return NativeWork(work, outputs, self._futures, name, self.watch)
+        made = NativeWork(work, outputs, self._futures, name, self.watch)
+        self._last = weakref.ref(made)
+        return made
 
     def run(
         self,
@@ -100,4 +104,7 @@ class Channel:
         return work
 
     def close(self) -> None:
+        last = self._last()
+        if last is not None:
+            last.leave()  # after all others, so that their end is its
         self._native, self._beside, self._decided = None, {}, {}

@@ -14,7 +14,7 @@ from commlayer.backends import process_groups, torch_native
 from commlayer.errors import CommError, UnsupportedOperation
 from commlayer.group import Group
 from commlayer.settings import Settings
-from commlayer.torch_backend import NAME
+from commlayer.torch_backend import NAME, meeting
 from commlayer.torch_backend.process_group import ProcessGroup
 
 _ready = threading.local()  # .group: for which torch is about to make a process group
@@ -44,7 +44,9 @@ def _world(options: Any) -> Group:
     """The layer's world: the one that is there, or one over the ranks that torch has brought together."""
     rank, size = options.group_rank, options.group_size
     if not runtime.is_initialized():
-        return runtime.start(None, options.timeout.total_seconds(), (options.store, rank, size))
+        met = meeting.launch  # which may know more than the environment: PALS does not say how many ranks there are
+        launch = met if met is not None and (met.rank, met.size) == (rank, size) else bootstrap.placed(rank, size)
+        return runtime.start(None, options.timeout.total_seconds(), (options.store, launch))
     world = runtime.world()
     if (world.rank, world.size) != (rank, size):
         raise CommError(

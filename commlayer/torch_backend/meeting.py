@@ -6,12 +6,14 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 _count = itertools.count()
+launch: Any = None  # by which the ranks have met, and with nothing left open
 Met = Iterator[tuple[Any, int, int]]
 
 
@@ -41,12 +43,14 @@ def meet(url: str, timeout: timedelta = dist.default_pg_timeout, **_: Any) -> Me
     from commlayer import rendezvous
     from commlayer.launch import discover
 
+    global launch
     launch = discover()
     rank, size = launch.rank, launch.size
     if size is None:
         from commlayer.backends import mpi_job
 
         rank, size = mpi_job.place()
+        launch = replace(launch, rank=rank, size=size)
     if size == 1:
         yield dist.HashStore(), 0, 1
     else:

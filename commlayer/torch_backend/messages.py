@@ -13,7 +13,7 @@ from commlayer.checks import check_rank, check_tag, check_tensor
 from commlayer.differentiable import finished
 from commlayer.errors import UnsupportedOperation
 from commlayer.layout import Finish, destination, flat
-from commlayer.torch_backend.arguments import listed
+from commlayer.torch_backend.arguments import as_it_lies, one
 from commlayer.torch_backend.calls import Calls
 from commlayer.torch_backend.works import TorchWork
 from commlayer.watchdog import Watch
@@ -22,10 +22,10 @@ from commlayer.work import Work
 
 class Messages(Calls):
     def send(self, tensors: Any, dst: int, tag: int) -> dist.Work:
-        (x,), tag = listed(tensors, self.group), check_tag(tag)
+        x, tag = one(tensors, self.group), check_tag(tag)
         channel = self._channel()
         direct = channel.direct("send", x)
-        if direct is not None and x.is_contiguous() and dst != self.group.rank:
+        if direct is not None and as_it_lies(x) and dst != self.group.rank:
             return channel.started("send", direct.send([x], dst, tag), [x])
         check_tensor(x, self.group)
         dst = check_rank(dst, self.group, "dst")
@@ -36,10 +36,10 @@ class Messages(Calls):
         return channel.run("send", x, start, [x], details=(None, None, (x.numel(), None), tag), peers=(dst,))
 
     def recv(self, tensors: Any, src: int, tag: int) -> dist.Work:
-        (x,), tag = listed(tensors, self.group), check_tag(tag)
+        x, tag = one(tensors, self.group), check_tag(tag)
         channel = self._channel()
         direct = channel.direct("recv", x)
-        if direct is not None and x.is_contiguous() and src != self.group.rank:
+        if direct is not None and as_it_lies(x) and src != self.group.rank:
             return channel.started("recv", direct.recv([x], src, tag), [x])
         check_tensor(x, self.group)
         src = check_rank(src, self.group, "src")
@@ -51,10 +51,10 @@ class Messages(Calls):
         return channel.run("recv", x, start, [x], details=(None, None, (None, x.numel()), tag), peers=(src,))
 
     def recv_anysource(self, tensors: Any, tag: int) -> dist.Work:
-        (x,), tag = listed(tensors, self.group), check_tag(tag)
+        x, tag = one(tensors, self.group), check_tag(tag)
         channel = self._channel()
         direct = channel.direct("recv", x)
-        if direct is not None and x.is_contiguous():
+        if direct is not None and as_it_lies(x):
             return channel.started("recv", direct.recv_anysource([x], tag), [x])
         check_tensor(x, self.group)
         if not x.numel():
@@ -75,7 +75,8 @@ class _FromAny(Work):
 
     def __init__(self, work: Any, tag: int, watch: Watch, finish: Finish) -> None:
         super().__init__()
-        self._work, self._tag, self._watch, self._finish = work, tag, watch, finish
+        self._work, self._tag, self._finish = work, tag, finish
+        self._watch: Watch | None = watch
 
     @property
     def source(self) -> int:
@@ -85,9 +86,12 @@ class _FromAny(Work):
         return self._work.done()
 
     def wait(self, timeout: float | None = None) -> Any:
+        if self._watch is None:
+            return
         self._work.wait(timeout)
         # Under COMMLAYER_DEBUG, so that the next one from there is compared with what its sender says.
         self._watch.messages[self.source, self._watch.comm.rank, self._tag] += 1
         if self._finish is not None:
             with torch.no_grad():
                 self._finish()
+        self._watch = None

@@ -17,6 +17,7 @@ from commlayer.functional import if_uneven
 from commlayer.layout import destination, flat
 from commlayer.torch_backend.arguments import (
     alike,
+    as_it_lies,
     check_list,
     check_pair,
     check_tensors,
@@ -25,6 +26,7 @@ from commlayer.torch_backend.arguments import (
     joined,
     listed,
     lists,
+    one,
     options_of,
     own,
 )
@@ -37,11 +39,11 @@ Tensor = torch.Tensor
 
 class Movement(Calls):
     def broadcast(self, tensors: Any, opts: Any = None, timeout: Any = None) -> dist.Work:
-        (x,), opts = listed(tensors, self.group), options_of(c10d.BroadcastOptions, opts, timeout, "rootRank")
+        x, opts = one(tensors, self.group), options_of(c10d.BroadcastOptions, opts, timeout, "rootRank")
         root = check_rank(opts.rootRank, self.group, "src")
         channel = self._channel()
         direct = channel.direct("broadcast", x)
-        if direct is not None and x.is_contiguous():
+        if direct is not None and as_it_lies(x):
             return channel.started("broadcast", direct.broadcast([x], opts), [x], opts)
         check_tensor(x, self.group)
 
@@ -61,7 +63,7 @@ class Movement(Calls):
         check_pair(output, x, output.numel(), x.numel() * self.group.size, self.group)
         channel = self._channel()
         direct = channel.direct("all_gather", x)
-        if direct is not None and x.is_contiguous() and output.is_contiguous():
+        if direct is not None and as_it_lies(x, output):
             flat_output, flat_x = alike(output, x)
             return channel.started("all_gather", direct._allgather_base(flat_output, flat_x, opts), [output], opts)
         check_tensors([x, output], self.group)
@@ -78,7 +80,7 @@ class Movement(Calls):
         return channel.run("all_gather", x, start, [output], opts, details=(None, 0, None))
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None, timeout: Any = None) -> dist.Work:
-        (rows,), (x,) = lists(outputs, self.group), listed(inputs, self.group)
+        (rows,), x = lists(outputs, self.group), one(inputs, self.group)
         opts = options_of(c10d.AllgatherOptions, opts, timeout)
         check_list(rows, x, self.group)
         counts = [row.numel() for row in rows]
@@ -87,7 +89,7 @@ class Movement(Calls):
         uneven = if_uneven(counts)
         channel = self._channel()
         direct = channel.direct("all_gather", x, layout="even" if uneven is None else "uneven")
-        if direct is not None and x.is_contiguous() and all(row.is_contiguous() for row in rows):
+        if direct is not None and as_it_lies(x, *rows):
             return channel.started("all_gather", direct.allgather([rows], [x], opts), rows, opts)
         check_tensors([x, *rows], self.group)
 
@@ -107,7 +109,7 @@ class Movement(Calls):
         return together([self.all_gather_single(o, x, opts) for o, x in pairs], self._futures)
 
     def gather(self, outputs: Any, inputs: Any, opts: Any = None, timeout: Any = None) -> dist.Work:
-        (x,), opts = listed(inputs, self.group), options_of(c10d.GatherOptions, opts, timeout, "rootRank")
+        x, opts = one(inputs, self.group), options_of(c10d.GatherOptions, opts, timeout, "rootRank")
         root = check_rank(opts.rootRank, self.group, "dst")
         at_root = self.group.rank == root
         rows = lists(outputs, self.group)[0] if at_root else []
@@ -115,7 +117,7 @@ class Movement(Calls):
             check_list(rows, x, self.group, equal=True)
         channel = self._channel()
         direct = channel.direct("gather", x)
-        if direct is not None and x.is_contiguous() and all(row.is_contiguous() for row in rows):
+        if direct is not None and as_it_lies(x, *rows):
             return channel.started("gather", direct.gather([rows] if at_root else [], [x], opts), rows, opts)
         check_tensors([x, *rows], self.group)
 
@@ -130,7 +132,7 @@ class Movement(Calls):
         return channel.run("gather", x, start, rows, opts, details=(root, 0, None))
 
     def scatter(self, outputs: Any, inputs: Any, opts: Any = None, timeout: Any = None) -> dist.Work:
-        (output,), opts = listed(outputs, self.group), options_of(c10d.ScatterOptions, opts, timeout, "rootRank")
+        output, opts = one(outputs, self.group), options_of(c10d.ScatterOptions, opts, timeout, "rootRank")
         root = check_rank(opts.rootRank, self.group, "src")
         at_root = self.group.rank == root
         parts = lists(inputs, self.group)[0] if at_root else []
@@ -138,7 +140,7 @@ class Movement(Calls):
             check_list(parts, output, self.group, equal=True)
         channel = self._channel()
         direct = channel.direct("scatter", output)
-        if direct is not None and output.is_contiguous() and all(part.is_contiguous() for part in parts):
+        if direct is not None and as_it_lies(output, *parts):
             return channel.started(
                 "scatter", direct.scatter([output], [parts] if at_root else [], opts), [output], opts
             )
@@ -169,16 +171,19 @@ class Movement(Calls):
             )
         channel = self._channel()
         direct = channel.direct("all_to_all", x, layout="even" if even else "uneven")
-        if direct is not None and x.is_contiguous() and output.is_contiguous():
+        if direct is not None and as_it_lies(x, output):
             return channel.started(
                 "all_to_all", direct.alltoall_base(output, x, incoming, outgoing, opts), [output], opts
             )
         check_tensors([x, output], self.group)
 
+        # A rank may leave its sizes away where they are equal, and another give them.
+        mixed = self.group._comm is not None and self.group._comm.uneven_apart
+
         def start() -> tuple[Any, Work]:
             data = plain(x)
             _, buffer, finish = destination(output.shape, data, plain(output))
-            if even:
+            if even and not mixed:
                 work = channel.flat.all_to_all(buffer, flat(data), None, None) if x.numel() else Work()
             else:
                 work = channel.flat.all_to_all(buffer, flat(data), received, sent)

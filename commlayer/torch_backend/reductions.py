@@ -19,12 +19,13 @@ from commlayer.layout import destination, flat
 from commlayer.reduce_op import SUM, ReduceOp
 from commlayer.torch_backend.arguments import (
     alike,
+    as_it_lies,
     check_list,
     check_pair,
     check_tensors,
     joined,
-    listed,
     lists,
+    one,
     options_of,
     own,
     reduce_op,
@@ -39,11 +40,11 @@ Tensor = torch.Tensor
 
 class Reductions(Calls):
     def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> dist.Work:
-        (x,), opts = listed(tensors, self.group), options_of(c10d.AllreduceOptions, opts, timeout, "reduceOp")
+        x, opts = one(tensors, self.group), options_of(c10d.AllreduceOptions, opts, timeout, "reduceOp")
         reduce = opts.reduceOp
         channel = self._channel()
         direct = channel.direct("all_reduce", x, reduce)
-        if direct is not None and (x.layout is not torch.strided or x.is_contiguous()):
+        if direct is not None and (x.layout is not torch.strided or as_it_lies(x)):
             return channel.started("all_reduce", direct.allreduce([x], opts), [x], opts)
         if x.layout is torch.sparse_coo:
             return self._sparse(channel, x, opts)
@@ -51,7 +52,7 @@ class Reductions(Calls):
 
         def start() -> tuple[Any, Work]:
             data = plain(x) if x.requires_grad or x.is_inference() else x
-            if data.is_contiguous():
+            if as_it_lies(data):
                 line = data if data.dim() == 1 else data.view(-1)
                 return None, channel.flat.all_reduce(line, line, op) if x.numel() else Work()
             _, buffer, finish = destination(x.shape, data, data, aliases=True)
@@ -66,13 +67,13 @@ class Reductions(Calls):
         return together([self.allreduce([x], each) for x in tensors], self._futures)
 
     def reduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: Any = None) -> dist.Work:
-        (x,), opts = listed(tensors, self.group), options_of(c10d.ReduceOptions, opts, timeout, "rootRank")
+        x, opts = one(tensors, self.group), options_of(c10d.ReduceOptions, opts, timeout, "rootRank")
         if op is not None:
             opts.reduceOp = op
         reduce, root = opts.reduceOp, check_rank(opts.rootRank, self.group, "dst")
         channel = self._channel()
         direct = channel.direct("reduce", x, reduce)
-        if direct is not None and x.is_contiguous():
+        if direct is not None and as_it_lies(x):
             return channel.started("reduce", direct.reduce([x], opts), [x], opts)
         op = self._checked(x, reduce)
 
@@ -94,7 +95,7 @@ class Reductions(Calls):
         check_pair(output, x, output.numel() * self.group.size, x.numel(), self.group)
         channel = self._channel()
         direct = channel.direct("reduce_scatter", x, reduce)
-        if direct is not None and x.is_contiguous() and output.is_contiguous():
+        if direct is not None and as_it_lies(x, output):
             flat_output, flat_x = alike(output, x)
             return channel.started(
                 "reduce_scatter", direct._reduce_scatter_base(flat_output, flat_x, opts), [output], opts
@@ -111,7 +112,7 @@ class Reductions(Calls):
         return channel.run("reduce_scatter", x, start, [output], opts, reduce=op, details=(None, 0, None))
 
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None, timeout: Any = None) -> dist.Work:
-        (output,), (parts,) = listed(outputs, self.group), lists(inputs, self.group)
+        output, (parts,) = one(outputs, self.group), lists(inputs, self.group)
         opts = options_of(c10d.ReduceScatterOptions, opts, timeout, "reduceOp")
         channel = self._channel()
         if output.device.type in self._beside:

@@ -133,9 +133,13 @@ class NativeWork(TorchWork):
         return self._work._source_rank()
 
     def __del__(self) -> None:
-        # A gloo message is only as alive as its handle, and a program may drop the handle of one that it sends.
-        if self.message and isinstance(self._watch.comm, TorchCommunicator) and not self._work.is_completed():
-            self._watch.comm.adopt(self._work, True, self._outputs)
+        self.leave()
+
+    def leave(self) -> None:
+        """To the communicator, which waits for it at its end: a gloo message is only as alive as its handle."""
+        comm = self._watch.comm
+        if isinstance(comm, TorchCommunicator) and not self._work.is_completed():
+            comm.adopt(self._work, self.message, self._outputs)
 
 
 def together(works: Sequence[dist.Work], futures: Futures) -> dist.Work:
@@ -166,7 +170,8 @@ class Futures:
 
     Callbacks may communicate. So they run in the order in which they were asked for, which is the same on every rank,
     whatever finished first. A callback may also wait for another future (PowerSGD's does): those that are made inside
-    of one complete in the next thread. Messages have no order that all ranks share, and a thread each.
+    of one complete in the next thread. Messages have no order that all ranks share, and a thread each: a callback of
+    one had better start no collectives.
     """
 
     def __init__(self, comm: Communicator) -> None:
