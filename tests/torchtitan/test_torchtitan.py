@@ -5,6 +5,7 @@ The reference is plain gloo where gradients are reduced by SUM, torch's own way 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="make test-torchtitan")
 
 Run = dict[str, Any]  # "steps": losses and norms of every step; "gradients" of the first
 
