@@ -42,6 +42,8 @@ def lists(tensors: Any, group: Group) -> list[list[Tensor]]:
 
 def one(tensors: Any, group: Group) -> Tensor:
     """The tensor of a call that takes a list of one."""
+    if type(tensors) is list and len(tensors) == 1:
+        return own(tensors[0], group)
     found = listed(tensors, group)
     if len(found) != 1:
         raise ValueError(f"tensors: expected one, got {len(found)}")
@@ -50,7 +52,10 @@ def one(tensors: Any, group: Group) -> Tensor:
 
 def as_it_lies(*tensors: Tensor) -> bool:
     """Whether the memory holds the values in their order, and nothing else is to be done to them."""
-    return all([x.is_contiguous() and not x.is_neg() and not x.is_conj() for x in tensors])  # noqa: C419 - faster
+    for x in tensors:  # noqa: SIM110 - a microsecond less than all()
+        if not x.is_contiguous() or x.is_neg() or x.is_conj():
+            return False
+    return True
 
 
 def options_of(kind: Any, given: Any, timeout: Any = None, field: str = "") -> Any:
