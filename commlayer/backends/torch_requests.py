@@ -57,7 +57,10 @@ class Native(Work):
                 return
             except RuntimeError:
                 limit = end - time.perf_counter()
-                if work.is_completed() or comm.failure is not None or limit <= 0:
+                if work.is_completed():
+                    work.wait()  # at once: with its own error, or none if it has ended just after this part
+                    return
+                if comm.failure is not None or limit <= 0:
                     raise
 
     def __del__(self) -> None:

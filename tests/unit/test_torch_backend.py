@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 import commlayer
 from commlayer import BackendUnavailable
+from commlayer.backends.torch_requests import Native, translate
 from tests.unit.test_jobs import job
 
 LOST = """
@@ -61,3 +64,31 @@ def test_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     group = commlayer.Group.alone()
     with pytest.raises(commlayer.CommError, match="not initialised"):
         commlayer.to_process_group(group)
+
+
+class JustLate:
+    """A work of gloo's that ends between the end of a part of a wait and the next look at it."""
+
+    def __init__(self, error: str = "") -> None:
+        self.error, self.waits = error, 0
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        self.waits += 1
+        if self.waits == 1:
+            raise RuntimeError("Operation timed out!")
+        if self.error:
+            raise RuntimeError(self.error)
+
+    def is_completed(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("error", ["", "Connection reset by peer"])
+def test_what_ends_just_after_a_part_of_a_wait_has_not_timed_out(error: str) -> None:
+    comm = SimpleNamespace(asynchronous=False, failure=None, limit=lambda timeout: 20.0, translated=translate)
+    work = Native(comm, JustLate(error), "broadcast")
+    if error:
+        with pytest.raises(commlayer.PeerLost, match="reset by peer"):
+            work.wait()
+    else:
+        work.wait()
