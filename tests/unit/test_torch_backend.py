@@ -85,7 +85,9 @@ class JustLate:
 
 @pytest.mark.parametrize("error", ["", "Connection reset by peer"])
 def test_what_ends_just_after_a_part_of_a_wait_has_not_timed_out(error: str) -> None:
-    comm = SimpleNamespace(asynchronous=False, failure=None, limit=lambda timeout: 20.0, translated=translate)
+    comm = SimpleNamespace(
+        asynchronous=False, failure=None, limit=lambda timeout: 20.0, translated=translate, adopt=lambda *_: None
+    )
     work = Native(comm, JustLate(error), "broadcast")
     if error:
         with pytest.raises(commlayer.PeerLost, match="reset by peer"):
