@@ -70,8 +70,8 @@ class Movement(Calls):
 
         def start() -> tuple[Any, Work]:
             data, target = plain(x), plain(output)
-            own = target.data_ptr() + self.group.rank * data.nbytes
-            in_place = data.data_ptr() == own and data.is_contiguous() and target.is_contiguous()
+            place = target.data_ptr() + self.group.rank * data.nbytes
+            in_place = data.data_ptr() == place and data.is_contiguous() and target.is_contiguous()
             if in_place and self._in_place(data):  # as FSDP2 gathers
                 return None, channel.flat.all_gather(target.view(-1), data.view(-1), None)
             _, buffer, finish = destination(output.shape, data, target)

@@ -24,7 +24,7 @@ LAYERS = [
     Layer("MPI", "mpi"),
 ]
 ALL = os.environ.get("COMMLAYER_TEST_PROGRAMS") == "all"
-SHORT = [("gloo", 2), ("gloo as xccl-2.7", 4), ("MPI", 4)]
+SHORT = [("gloo as xccl-2.7", 2), ("MPI", 2)]
 
 
 def topics(ranks: int) -> tuple[str, ...]:
