@@ -29,9 +29,7 @@ SHORT = [("gloo as xccl-2.7", 2), ("MPI", 2)]
 
 def topics(ranks: int) -> tuple[str, ...]:
     """Compilers take their time: at two ranks only."""
-    if ranks > 2:
-        return tuple(topic for topic in TOPICS if topic != "compiled")
-    return TOPICS if ALL else ("ddp", "fsdp", "compiled")
+    return TOPICS if ranks == 2 else tuple(topic for topic in TOPICS if topic != "compiled")
 
 
 JOBS = [(layer, ranks) for ranks in (2, 4) for layer in LAYERS if ALL or (layer.name, ranks) in SHORT]
