@@ -20,7 +20,7 @@ from commlayer.launch import Launch
 from tests.unit.test_launch import CRAY, FLUX, GFORKER, HYDRA, JSRUN, OPENMPI, PALS, SRUN, TORCHRUN
 
 pl = pytest.importorskip("lightning.pytorch", reason="pip install 'commlayer[lightning]'")
-on_the_layer = pytest.importorskip("commlayer.integrations.lightning")
+import commlayer.integrations.lightning as on_the_layer  # noqa: E402 - where Lightning is there, ours must be
 
 # What differs from rank to rank: of four ranks on two nodes, in {} the rank, its local rank, and its node.
 RANK, LOCAL, NODE = range(3)
