@@ -71,8 +71,7 @@ def grad_norm(
     # Parameters that are spread alike, in the order of the model, which is the same on all ranks.
     alike: dict[tuple[Group, ...], list[Tensor]] = {}
     for param in _parameters(module_or_params):
-        cut = tuple(shard.group for shard in placement(param).shards if shard.group.size > 1)
-        alike.setdefault(cut, []).append(param)
+        alike.setdefault(placement(param).groups, []).append(param)
 
     if mesh is None:
         total = _sum([_over(_powers(params, p), cut, p) for cut, params in alike.items()], p)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -40,11 +41,45 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """The last cut of all, by ZeRO: a part of this ``shape``, flattened row by row, in stretches over ``group``.
+
+    The rank ``r`` of the group has its elements ``bounds[r]`` to ``bounds[r + 1]`` as a vector, perhaps none.
+    """
+
+    group: Group
+    shape: tuple[int, ...]
+    bounds: tuple[int, ...]
+
+    @property
+    def start(self) -> int:
+        return self.bounds[self.group.rank]
+
+    @property
+    def stop(self) -> int:
+        return self.bounds[self.group.rank + 1]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in pairwise(self.bounds))
+
+
+@dataclass(frozen=True)
 class Placement:
-    """``shards`` in the order in which they were cut; ``partial``: axes over which gradients are partial sums."""
+    """``shards`` in the order in which they were cut; ``partial``: axes over which gradients are partial sums.
+
+    ``stretch``: of what the shards left, this rank has only these elements.
+    """
 
     shards: tuple[Shard, ...] = ()
     partial: tuple[str, ...] = ()
+    stretch: Stretch | None = None
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Those that it is cut over, of more than one rank."""
+        cut = [shard.group for shard in self.shards] + ([self.stretch.group] if self.stretch else [])
+        return tuple(group for group in cut if group.size > 1)
 
 
 def placement(param: Tensor) -> Placement:
@@ -95,6 +130,12 @@ def mark_replicated(what: Marked, axes: Sequence[str], *, recurse: bool = True) 
     return what
 
 
+def mark_stretch(piece: nn.Parameter, param: Tensor, group: Group, bounds: Sequence[int]) -> nn.Parameter:
+    """Say that ``piece`` is this rank's stretch of ``param``, which is cut at ``bounds`` over ``group``."""
+    _mark(piece, replace(placement(param), stretch=Stretch(group, tuple(param.shape), tuple(bounds))))
+    return piece
+
+
 def recall_marks(module: nn.Module) -> None:
     """Mark the parameters that have replaced marked ones in the module."""
     for owner in module.modules():
@@ -112,8 +153,9 @@ def _add_partial(param: Tensor, axes: Sequence[str]) -> None:
 
 def full_shape(param: Tensor) -> list[int]:
     """The shape of the whole parameter, of which ``param`` may be a part."""
-    shape = list(param.shape)
-    for shard in placement(param).shards:
+    found = placement(param)
+    shape = list(found.stretch.shape if found.stretch else param.shape)
+    for shard in found.shards:
         shape[shard.dim] = sum(shard.sizes)
     return shape
 
@@ -123,17 +165,20 @@ def gather_full(part: Tensor, param: Tensor) -> Tensor:
 
     Collective over the groups that ``param`` is sharded over; ``part`` itself, detached, where there are none.
     """
-    full = part.detach()
-    for shard in reversed(placement(param).shards):
+    full, found = part.detach(), placement(param)
+    if cut := found.stretch:
+        full = commlayer.all_gather(full, sizes=cut.sizes, group=cut.group).view(cut.shape)
+    for shard in reversed(found.shards):
         full = commlayer.all_gather(full, dim=shard.dim, sizes=shard.sizes, group=shard.group)
     return full
 
 
 def part_of(full: Tensor, param: Tensor) -> Tensor:
-    """This rank's part of ``full``, cut like ``param``: a view."""
-    for shard in placement(param).shards:
+    """This rank's part of ``full``, cut like ``param``: a view, unless it is a stretch."""
+    found = placement(param)
+    for shard in found.shards:
         full = shard.narrow(full)
-    return full
+    return full.reshape(-1)[found.stretch.start : found.stretch.stop] if found.stretch else full
 
 
 @torch.no_grad()
