@@ -19,7 +19,6 @@ from parallel.mappings import (
     scatter_to_region,
 )
 from parallel.placement import mark_replicated, mark_sharded
-from parallel.recompute import checkpoint
 from parallel.rng import Dropout, DropPath, Streams
 from parallel.router import Routing, TopKRouter
 from parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -47,7 +46,6 @@ __all__ = [
     "all_gather_from_region",
     "all_to_all_region",
     "autocast",
-    "checkpoint",
     "clip_grad_norm_",
     "context_attention",
     "copy_to_region",

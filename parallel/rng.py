@@ -206,7 +206,7 @@ def _take(state: Tensor) -> int:
     if torch._C._current_graph_task_id() != -1 and not _REPLAYING.get():
         raise RuntimeError(
             "a Stream is drawn from within backward: a checkpoint recomputes its forward with other numbers than it "
-            "had; use parallel.checkpoint(..., streams=streams)"
+            "had; use parallel.recompute.checkpoint(..., streams=streams)"
         )
     seed, draws = state.tolist()
     state[1] += 1

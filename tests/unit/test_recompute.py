@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import commlayer
 from commlayer import Mesh, run_local
-from parallel import ParallelAttention, ParallelMLP, SequenceShards, checkpoint
+from parallel import ParallelAttention, ParallelMLP, SequenceShards
 from parallel.expert import MoE
 from parallel.notes import once
+from parallel.recompute import checkpoint
 from parallel.rng import Dropout, Streams
 from parallel.router import Routing
 from tests.contracts.tensor import drawn, rand

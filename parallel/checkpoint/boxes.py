@@ -1,0 +1,84 @@
+"""Boxes: what a rank holds of a tensor, as regions that storage and other ranks understand.
+
+A part cut by a mesh is one box. A stretch of a part, ZeRO's cut, is a few: the end of a row, whole rows, the beginning
+of one; and so on, dim after dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+
+class Box(NamedTuple):
+    """The elements from ``offsets`` on, ``sizes`` along each dim; () and () in a tensor of no dims."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.sizes)
+
+    def shifted(self, by: Sequence[int]) -> Box:
+        return Box(tuple(a + b for a, b in zip(self.offsets, by, strict=True)), self.sizes)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(start, start + size) for start, size in zip(self.offsets, self.sizes, strict=True))
+
+
+def stretch_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """The elements ``start`` to ``stop`` of a tensor flattened row by row; at most 2·dims - 1 boxes, in that order."""
+    if start >= stop:
+        return []
+    if not shape:
+        return [Box((), ())]
+    if len(shape) == 1:
+        return [Box((start,), (stop - start,))]
+    row, rest = prod(shape[1:]), tuple(shape[1:])
+    first, last = -(-start // row), stop // row  # the whole rows
+
+    def within(index: int, begin: int, end: int) -> list[Box]:
+        inner = stretch_boxes(rest, begin - index * row, end - index * row)
+        return [Box((index, *box.offsets), (1, *box.sizes)) for box in inner]
+
+    if first > last:
+        return within(last, start, stop)
+    whole = [Box((first, *(0 for _ in rest)), (last - first, *rest))] if first < last else []
+    return [*within(first - 1, start, first * row), *whole, *within(last, last * row, stop)]
+
+
+def check_cover(shape: Sequence[int], boxes: Sequence[Box]) -> None:
+    """Raises ValueError unless each element of a tensor of ``shape`` is in exactly one of the ``boxes``."""
+    for box in boxes:
+        inside = len(box.sizes) == len(shape) and all(
+            0 <= start <= start + size <= extent
+            for start, size, extent in zip(box.offsets, box.sizes, shape, strict=True)
+        )
+        if not inside:
+            raise ValueError(f"a part at {list(box.offsets)} of sizes {list(box.sizes)} is not within {list(shape)}")
+    if pair := _overlap(shape, [box for box in boxes if box.numel]):
+        parts = " and ".join(f"at {list(box.offsets)} of sizes {list(box.sizes)}" for box in pair)
+        raise ValueError(f"parts overlap: {parts}")
+    if (held := sum(box.numel for box in boxes)) != prod(shape):
+        raise ValueError(f"ranks hold {held} of {prod(shape)} elements")
+
+
+def _overlap(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[Box, Box] | None:
+    if not shape:
+        return (boxes[0], boxes[1]) if len(boxes) > 1 else None
+    # Along the dim with the most cuts few boxes are side by side.
+    dim = max(range(len(shape)), key=lambda d: len({box.offsets[d] for box in boxes}))
+    beside: list[Box] = []
+    for box in sorted(boxes, key=lambda box: box.offsets[dim]):
+        beside = [other for other in beside if other.offsets[dim] + other.sizes[dim] > box.offsets[dim]]
+        for other in beside:
+            if all(
+                a < b + n and b < a + m
+                for a, m, b, n in zip(box.offsets, box.sizes, other.offsets, other.sizes, strict=True)
+            ):
+                return other, box
+        beside.append(box)
+    return None
