@@ -24,6 +24,7 @@ from parallel.router import Routing, TopKRouter
 from parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.transformer import ParallelAttention, ParallelMLP
 from parallel.verify import verify_gradients
+from parallel.zero import ZeRO
 
 __all__ = [
     "ColumnParallelLinear",
@@ -43,6 +44,7 @@ __all__ = [
     "Streams",
     "TopKRouter",
     "VocabParallelEmbedding",
+    "ZeRO",
     "all_gather_from_region",
     "all_to_all_region",
     "autocast",

@@ -118,7 +118,8 @@ def _sum(parts: list[Tensor], p: float) -> Tensor:
     """The sum of some powers; for p = inf the largest. On the device of the last."""
     if not parts:
         return torch.zeros(())
-    together = torch.stack([part.to(parts[-1]) for part in parts])
+    device = parts[-1].device
+    together = torch.stack([part.to(device, _widest(device)) for part in parts])  # also zeros of what has no gradient
     return together.amax() if p == math.inf else together.sum()
 
 

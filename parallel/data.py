@@ -27,9 +27,8 @@ Experts live on a folded mesh. Each has seen the tokens of all ranks that share 
 
 from __future__ import annotations
 
-import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,9 +36,10 @@ import torch
 from torch import Tensor, nn
 
 import commlayer
-from commlayer import AVG, SUM, CommError, Group, Mesh, UnsupportedOperation, premul_sum
-from parallel.buckets import Bucket, Reduction, Slot, make_buckets, packs_of
-from parallel.placement import placement, recall_marks
+from commlayer import CommError, Group, Mesh
+from parallel.buckets import Bucket, Slot, make_buckets
+from parallel.placement import recall_marks
+from parallel.replicas import Replicas, check_module
 
 _WRAPPERS: weakref.WeakValueDictionary[int, DataParallel] = weakref.WeakValueDictionary()  # by the id of a parameter
 
@@ -90,27 +90,20 @@ class DataParallel(nn.Module):
             raise ValueError(f"bucket_mb: must be positive, got {bucket_mb}")
         _check_module(module)
         self.module = module
-        if mesh is not None and group is not None:
-            raise ValueError("group: give a group or a mesh, not both")
-        if experts is not None and mesh is None:
-            raise ValueError("mesh: needed beside experts, which is folded from it")
-        self.mesh, self.experts = mesh, experts
-        if mesh is not None:
-            self.group = mesh["dp"] if "dp" in mesh.axes else Group.alone()
-        else:
-            self.group = commlayer.world() if group is None else group
+        self.replicas = Replicas(group, mesh, experts, "DataParallel")
+        self.mesh, self.group = mesh, self.replicas.group
         self.sync_buffers = sync_buffers
         self._bytes = int(bucket_mb * 2**20)
         recall_marks(module)
-        _check_marks(module, mesh, experts)
+        self.replicas.check_marks(module)
         state = [*module.named_parameters(), *module.named_buffers()]
-        self._check_alike(state)
-        self._broadcast(state)
+        self.replicas.check_alike(state, f"bucket_mb {bucket_mb:g}")
+        self.replicas.broadcast(state, self._bytes)
 
         self._frozen = [p for p in module.parameters() if not p.requires_grad]
         # named_parameters yields tied parameters once.
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        reductions = {name: found for name, p in trained.items() if (found := self._reduction(p)) is not None}
+        reductions = {name: found for name, p in trained.items() if (found := self.replicas.reduction(p)) is not None}
         reduced = {name: trained[name] for name in reductions}
         self._replace_older(reduced)
         self._buckets = make_buckets([*reduced.items()], self._bytes, reductions)
@@ -139,7 +132,7 @@ class DataParallel(nn.Module):
         if torch.is_grad_enabled():
             self._check_state()
         if self.sync_buffers and self._sync and self.training and torch.is_grad_enabled():
-            self._broadcast(self.module.named_buffers())
+            self.replicas.broadcast(self.module.named_buffers(), self._bytes)
         return self.module(*args, **kwargs)
 
     @contextmanager
@@ -226,68 +219,6 @@ class DataParallel(nn.Module):
                 "would leave its gradient unreduced; wrap the module again"
             )
 
-    def _reduction(self, param: nn.Parameter) -> Reduction | None:
-        """The mean over the data axis, the sum over the axes where gradients are partial; None: they are whole."""
-        partial = placement(param).partial
-        if self.experts is not None and is_expert(param, self.experts):
-            group = self.experts["edp"]
-        elif partial:
-            assert self.mesh is not None
-            group = self.mesh["-".join([*(["dp"] if "dp" in self.mesh.axes else []), *partial])]
-        else:
-            group = self.group
-        if group.size == self.group.size == 1:
-            return None
-        if group.ranks == self.group.ranks:
-            return Reduction(self.group, AVG)
-        # Also over a single rank, whose expert has seen the tokens of all the others.
-        return Reduction(group, SUM if self.group.size == 1 else premul_sum(1 / self.group.size))
-
-    def _copies(self, named: Iterable[tuple[str, Tensor]]) -> dict[Group, dict[str, Tensor]]:
-        """Parameters and buffers by the group whose ranks all have the same of them.
-
-        Those of a buffer are the data-parallel ones alone: nothing says whether it differs along another axis.
-        """
-        found: dict[Group, dict[str, Tensor]] = {}
-        for name, t in named:
-            group = self.group
-            if self.experts is not None and is_expert(t, self.experts):
-                group = self.experts["edp"]
-            elif self.mesh is not None and isinstance(t, nn.Parameter):
-                cut = {"pp", *(shard.axis for shard in placement(t).shards if shard.group.size > 1)}
-                axes = [axis for axis in self.mesh.axes if axis not in cut]
-                group = self.mesh["-".join(axes)] if axes else Group.alone()
-            found.setdefault(group, {})[name] = t
-        return {group: tensors for group, tensors in found.items() if group.size > 1}
-
-    def _check_alike(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        """All ranks raise, rather than one of them, while the others wait for it in a reduction."""
-        for group, tensors in self._copies(named).items():
-            mine = [f"bucket_mb {self._bytes / 2**20:g}"]
-            for name, t in tensors.items():
-                frozen = isinstance(t, nn.Parameter) and not t.requires_grad
-                marks = "".join(f" partial over {axis}" for axis in placement(t).partial)
-                mine.append(f"{name}: {str(t.dtype)[6:]} {list(t.shape)}{' frozen' if frozen else ''}{marks}")
-            digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
-            if len(set(commlayer.all_gather_object(digest, group=group))) == 1:
-                continue
-            everyone = commlayer.all_gather_object(mine, group=group)
-            for rank, theirs in enumerate(everyone):
-                for i in range(max(len(theirs), len(everyone[0]))):
-                    pair = [entries[i] if i < len(entries) else "nothing" for entries in (everyone[0], theirs)]
-                    if pair[0] != pair[1]:
-                        raise ValueError(f"module: rank 0 has {pair[0]}, rank {rank} has {pair[1]}")
-
-    @torch.no_grad()
-    def _broadcast(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        """From the first rank that has the same, in place, packed: many small tensors cost one message."""
-        for group, tensors in self._copies(named).items():
-            for pack in packs_of([t for t in tensors.values() if t.numel()], self._bytes):
-                flat = torch.cat([t.detach().reshape(-1) for t in pack])
-                commlayer.broadcast(flat, src=0, group=group, out=flat)
-                for t, part in zip(pack, flat.split([t.numel() for t in pack]), strict=True):
-                    t.copy_(part.view(t.shape))
-
 
 def _hook(parallel: weakref.ref[DataParallel], bucket: Bucket, slot: Slot) -> Callable[[Tensor], None]:
     def ready(_: Tensor) -> None:
@@ -305,35 +236,7 @@ def _check_module(module: nn.Module) -> None:
     for name, child in module.named_modules():
         if isinstance(child, DataParallel):
             raise ValueError(f"{name or 'module'}: already wrapped in DataParallel")
-        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.sparse:
-            raise UnsupportedOperation(
-                f"{name or 'module'}: an embedding with sparse=True; DataParallel reduces dense gradients"
-            )
-
-
-def is_expert(param: Tensor, experts: Mesh) -> bool:
-    """Whether it is placed on the folded mesh, rather than on the one that this is folded from."""
-    return any(shard.axis in experts.axes for shard in placement(param).shards)
-
-
-def _check_marks(module: nn.Module, mesh: Mesh | None, experts: Mesh | None) -> None:
-    for name, param in module.named_parameters():
-        marks = placement(param)
-        if "dp" in marks.partial:
-            raise ValueError(f"mark_replicated: {name} is marked for dp, over which DataParallel averages anyway")
-        if marks.partial and mesh is None:
-            raise ValueError(f"mesh: needed, since {name} is replicated over {', '.join(marks.partial)}")
-        cut = [shard.axis for shard in marks.shards if shard.group.size > 1]
-        axes, others = [*marks.partial, *cut], () if mesh is None else mesh.axes
-        if experts is not None and is_expert(param, experts):
-            if wrong := [axis for axis in axes if axis not in experts.axes or axis in marks.partial]:
-                raise ValueError(f"experts: {name} is on {experts}, so it cannot be cut or replicated over {wrong[0]}")
-        elif any(shard.axis in ("ep", "etp") for shard in marks.shards) and (
-            cut or any(mesh is not None and mesh.size(axis) > 1 for axis in others if axis not in ("dp", "pp", *axes))
-        ):
-            raise ValueError(f"experts: needed beside mesh, since {name} belongs to experts on a folded mesh")
-        elif mesh is not None and (lacking := [axis for axis in axes if axis not in mesh.axes]):
-            raise ValueError(f"mesh: {name} is cut or replicated over {lacking[0]}, but the axes are {mesh.axes}")
+    check_module(module, "DataParallel")
 
 
 def _insert_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

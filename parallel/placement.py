@@ -136,6 +136,13 @@ def mark_stretch(piece: nn.Parameter, param: Tensor, group: Group, bounds: Seque
     return piece
 
 
+def copy_marks(param: nn.Parameter, like: Tensor) -> nn.Parameter:
+    """Mark ``param`` as ``like`` is, which it replaces."""
+    if (marks := placement(like)) != Placement():
+        _mark(param, marks)
+    return param
+
+
 def recall_marks(module: nn.Module) -> None:
     """Mark the parameters that have replaced marked ones in the module."""
     for owner in module.modules():

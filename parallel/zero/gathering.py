@@ -1,0 +1,284 @@
+"""Stage 3: parameters come before they are needed and go afterwards, along one walk that is the same on all ranks.
+
+A forward pass walks through all units in their order, a backward pass in the reverse one. Wherever a rank comes to a
+unit, it gathers all that come before it on the walk, that one, and the next (to have it on its way meanwhile); and at
+the end of the pass what is left. So a rank whose data leaves a unit out still takes part in its gathering. On the way
+back, the gradients of a unit are sent off when the unit before it is reached. Both are one sequence of collectives,
+so also backends that can do only one thing at a time find the same one on all ranks.
+
+Autograd would keep the weights that it needs for backward alive. It gets a note of them instead (by saved-tensor
+hooks), and the weights when it comes to them. Where others keep them, as a recomputation does, they stay as long.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from commlayer import UnsupportedOperation
+from parallel.zero.flat import Flat, Member
+from parallel.zero.gradients import Gradients
+from parallel.zero.released import Released, hand_out, release
+
+
+class Unit:
+    """A module, and the vectors of what is gathered with it."""
+
+    def __init__(self, index: int, module: nn.Module, flats: Sequence[Flat]) -> None:
+        self.index, self.module, self.flats = index, module, list(flats)
+        self.members = [(flat, member) for flat in flats for member in flat.members]
+        self.users = 0  # calls of the module that are under way
+        self.out = True  # the parameters have values
+
+    @property
+    def here(self) -> bool:
+        return all(flat.full is not None for flat in self.flats)
+
+
+class _Note(NamedTuple):
+    """What autograd keeps in place of a view of a gathered vector."""
+
+    unit: Unit
+    flat: Flat
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Gathering:
+    """The walk through the units of one model."""
+
+    def __init__(self, root: nn.Module, units: Sequence[Unit], gradients: Gradients) -> None:
+        self.units, self.gradients = list(units), gradients
+        self._forward: int | None = None  # the last unit reached by the forward pass; None outside of one
+        self._backward: int | None = None
+        self._saving: list[Any] = []
+        self._owners: dict[int, tuple[Unit, Flat]] = {}  # of storages
+        self.everything = 0  # nested uses of gathered()
+        gradients.opened, gradients.ending = self._turn_round, self._end_backward
+        self._handles = [
+            root.register_forward_pre_hook(lambda *_: self._begin()),
+            root.register_forward_hook(lambda *called: self._end(_failed(called[-1])), always_call=True),
+        ]
+        for unit in self.units:
+            if unit.module is root:
+                continue
+            self._handles += [
+                unit.module.register_forward_pre_hook(_call(self._enter, unit)),
+                unit.module.register_forward_hook(_call(self._leave, unit), always_call=True),
+            ]
+        self._root = next((unit for unit in self.units if unit.module is root), None)
+        for unit in self.units:
+            self._take_back(unit)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def drop(self) -> None:
+        """The shards have changed: forget what was gathered of them before."""
+        for unit in self.units:
+            self._drop(unit)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """All units at once, with their values in the parameters."""
+        for unit in self.units:
+            self._start(unit)
+        for unit in self.units:
+            self._finish(unit)
+            self._hand_out(unit)
+        self.everything += 1
+        try:
+            yield
+        finally:
+            self.everything -= 1
+            self.drop()
+
+    # Forward -----------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if self.everything:
+            return
+        if _in_backward():  # a recomputation of the whole model
+            if self._root is not None:
+                self._enter(self._root)
+            return
+        self.gradients.check()
+        self._forward = -1
+        if torch.is_grad_enabled():
+            saving = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+            saving.__enter__()
+            self._saving.append(saving)
+        if self._root is not None:
+            self._enter(self._root)
+
+    def _end(self, failed: bool) -> None:
+        if self.everything:
+            return
+        if self._root is not None:
+            self._leave(self._root)
+        if _in_backward() or self._forward is None:
+            return
+        if not failed:
+            self._walk(len(self.units) - 1)  # with those ranks whose data took them there
+        self._forward = None
+        last = len(self.units) - 1 if self._saving and not failed else None  # backward begins with that
+        if self._saving:
+            self._saving.pop().__exit__(None, None, None)
+        for unit in self.units:
+            if failed:
+                unit.users = 0
+                for flat in unit.flats:
+                    flat.gathering = None  # the others may never come
+            if unit.index != last:
+                self._drop(unit)
+
+    def _enter(self, unit: Unit) -> None:
+        """A module is about to run, in a forward pass or in a recomputation."""
+        if self.everything:
+            return
+        self._reach(unit)
+        unit.users += 1
+        if unit.users == 1:
+            self._hand_out(unit)
+
+    def _leave(self, unit: Unit) -> None:
+        if self.everything or not unit.users:
+            return
+        unit.users -= 1
+        if unit.users:
+            return
+        self._take_back(unit)
+        last = unit.index == len(self.units) - 1 and bool(self._saving)
+        if not _in_backward() and not last:
+            self._drop(unit)
+
+    def _reach(self, unit: Unit) -> None:
+        if _in_backward():
+            self._walk_back(unit.index)
+        elif self._forward is not None:
+            self._walk(unit.index)
+        self._start(unit)  # come to once more, or outside of any pass
+        self._finish(unit)
+
+    def _walk(self, to: int) -> None:
+        assert self._forward is not None
+        for i in range(self._forward + 1, to + 1):
+            self._start(self.units[i])
+            self._forward = i
+        if to == self._forward and to + 1 < len(self.units):
+            self._start(self.units[to + 1])
+
+    # Backward ----------------------------------------------------------------------------------------------
+
+    def _turn_round(self) -> None:
+        self._backward = len(self.units)
+
+    def _walk_back(self, to: int) -> None:
+        self.gradients.begin()
+        if self._backward is None:  # within torch.autograd.grad of something else
+            return
+        for i in range(self._backward - 1, to - 1, -1):
+            self._start(self.units[i])
+            self._backward = i
+            if i + 1 < len(self.units):
+                self._done(self.units[i + 1])
+            if i > 0:
+                self._start(self.units[i - 1])
+
+    def _done(self, unit: Unit) -> None:
+        if not unit.users:
+            self._drop(unit)
+        self.gradients.start([flat for flat in unit.flats if flat.kind.trained])
+
+    def _end_backward(self) -> None:
+        self._walk_back(0)
+        self._done(self.units[0])
+        self._backward = None
+        for unit in self.units:
+            self._drop(unit)
+
+    def _pack(self, x: Tensor) -> Any:
+        owner = self._owners.get(x.untyped_storage()._cdata) if type(x) in (Tensor, nn.Parameter) else None
+        if owner is None or x.dtype != owner[1].dtype or x.is_conj() or x.is_neg():
+            return x
+        return _Note(*owner, x.size(), x.stride(), int(x.storage_offset()))
+
+    def _unpack(self, kept: Any) -> Any:
+        if not isinstance(kept, _Note):
+            return kept
+        self._reach(kept.unit)
+        assert kept.flat.full is not None
+        return kept.flat.full.as_strided(kept.size, kept.stride, kept.offset)
+
+    # One unit ----------------------------------------------------------------------------------------------
+
+    def _start(self, unit: Unit) -> None:
+        for flat in unit.flats:
+            flat.start_gather()
+
+    def _finish(self, unit: Unit) -> None:
+        for flat in unit.flats:
+            flat.finish_gather()
+            assert flat.full is not None
+            self._owners[flat.full.untyped_storage()._cdata] = (unit, flat)
+
+    def _drop(self, unit: Unit) -> None:
+        if self.everything:
+            return
+        if unit.out and not unit.users:
+            self._take_back(unit)
+        for flat in unit.flats:
+            if flat.full is not None:
+                self._owners.pop(flat.full.untyped_storage()._cdata, None)
+            flat.drop()
+
+    def _hand_out(self, unit: Unit) -> None:
+        unit.out = True
+        for flat, member in unit.members:
+            hand_out(member.param, flat.view(member))
+
+    def _take_back(self, unit: Unit) -> None:
+        unit.out = False
+        for flat, member in unit.members:
+            release(member.param, flat.dtype, flat.device, _bringer(self, unit, member))
+
+    def bring(self, unit: Unit, member: Member, function: Any) -> None:
+        """Something computes with a parameter outside of its module."""
+        if self._forward is None and not _in_backward():
+            name = getattr(function, "__name__", function)
+            raise UnsupportedOperation(
+                f"{name}: {member.name} is released between passes (ZeRO stage 3), and its values are spread over "
+                "ranks; look at it inside of `with model.gathered():`"
+            )
+        self._reach(unit)
+        self._hand_out(unit)
+
+
+def _bringer(gathering: Gathering, unit: Unit, member: Member) -> Callable[[Released, Any], None]:
+    def bring(_: Released, function: Any) -> None:
+        gathering.bring(unit, member, function)
+
+    return bring
+
+
+def _call(method: Callable[[Unit], None], unit: Unit) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        method(unit)
+
+    return hook
+
+
+def _failed(result: Any) -> bool:
+    """Of a hook that is called always: whether the module raised."""
+    return result is None and sys.exc_info()[0] is not None
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
