@@ -15,7 +15,6 @@ from parallel import ParallelAttention, ParallelMLP, SequenceShards
 from parallel.expert import MoE
 from parallel.notes import once
 from parallel.recompute import checkpoint
-from parallel.recompute import checkpoint
 from parallel.rng import Dropout, Streams
 from parallel.router import Routing
 from tests.contracts.tensor import drawn, rand
