@@ -29,6 +29,8 @@ def parse(arguments: Sequence[str] | None = None) -> Arguments:
     parser.add_argument(
         "--experts", metavar="SPEC", help='the same ranks as experts are spread over them: "ep=4 etp=1"'
     )
+    parser.add_argument("--zero", type=int, help="share out optimiser state (1), gradients (2), parameters (3) over dp")
+    parser.add_argument("--offload", help="where the optimiser's state is, with --zero: none, cpu or disk")
     parser.add_argument("--amp", help="mixed precision: none, bf16 or fp16")
     parser.add_argument("--compile", action="store_true", help="run the blocks of the model through torch.compile")
     parser.add_argument(
@@ -38,6 +40,8 @@ def parse(arguments: Sequence[str] | None = None) -> Arguments:
         metavar="FOLDER",
         help="go on from a checkpoint; without FOLDER from the newest in the output folder, if there is one",
     )
+    parser.add_argument("--save-every", type=int, metavar="STEPS", help="steps between checkpoints")
+    parser.add_argument("--keep", type=int, metavar="COUNT", help="how many of the newest checkpoints stay")
     parser.add_argument("--require-skill", action="store_true", help="exit status 1 unless it beats its rival")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. epochs=5 optimizer.lr=1e-3")
     options = vars(parser.parse_intermixed_args(arguments))

@@ -16,15 +16,19 @@ CHOICES = {
     "amp": ("none", "bf16", "fp16"),
     "context": ("ring", "all_gather", "ulysses"),
     "recompute": ("none", "selective", "full"),
+    "zero": (0, 1, 2, 3),
+    "offload": ("none", "cpu", "disk"),
 }
 
 # Keys that only one task reads: with another they keep their defaults.
 ONLY = {"forecast": ("latitude_weighted", "variable"), "language": ("experts",)}
 
-# What may change when a run goes on from a checkpoint: where things are, and what is shown and kept. Any other key
-# shapes the numbers. (The mesh is compared as a whole, with -1 filled in.)
+# What may change when a run goes on from a checkpoint: where things are, how the model is spread and computed, and what
+# is shown and kept. Any other key shapes the numbers, and not by rounding alone.
 FREE = (
-    *("name", "output", "resume", "mesh", "order", "variable", "require_skill"),
+    *("name", "output", "resume", "variable", "require_skill"),
+    *("threads", "mesh", "order", "experts", "sequence_parallel", "context", "recompute", "compile"),
+    *("zero", "offload", "replicas", "bucket_mb"),
     *("log_every", "validate_every", "validate_steps", "save_every", "keep"),
     *("data.workers", "data.prefetch", "data.root", "data.files"),
 )
@@ -72,6 +76,9 @@ class Config:
     experts: str = ""  # the same ranks as the experts see them, "ep=4 etp=1"; "": every rank has all experts
     sequence_parallel: bool = False
     context: str = "ring"  # attention over cp: ring, all_gather or ulysses
+    zero: int = 0  # what dp ranks share out: 1 the optimiser's state, 2 gradients too, 3 parameters too; 0: nothing
+    offload: str = "none"  # where the optimiser's state is: none (with the model), cpu or disk (output/offload)
+    replicas: int = 1  # with zero: so many blocks of dp ranks, each of which has all of it
     recompute: str = "none"  # what backward computes again: none, full (blocks), selective (all but products)
     compile: bool = False
     amp: str = "none"  # mixed precision: none, bf16 or fp16
@@ -83,7 +90,7 @@ class Config:
     validate_every: int = 1  # epochs
     validate_steps: int = 0  # if set, the steps between validations, instead of epochs
     save_every: int = 0  # steps between checkpoints; 0: only when SIGTERM ends the run
-    keep: int = 2  # the newest checkpoints that stay
+    keep: int = 2  # so many of the newest checkpoints stay
     latitude_weighted: bool = True  # loss and RMSE weighted by cos(latitude), the area of a grid cell
     variable: str = ""  # the channel for headlines and pictures; "": the first
     require_skill: bool = False  # exit status 1 unless it beats persistence, or the byte bigram
@@ -93,7 +100,7 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "accumulate", "log_every", "validate_every", "keep"):
+        for name in ("epochs", "batch", "accumulate", "log_every", "validate_every", "keep", "replicas"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("steps", "save_every", "validate_steps"):
@@ -101,8 +108,11 @@ class Config:
                 raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
         defaults = {entry.name: entry.default for entry in fields(self)}
+        for name in ("offload", "replicas"):
+            if not self.zero and getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}: is for zero 1, 2 or 3, and this is 0; got {getattr(self, name)!r}")
         for task, names in ONLY.items():
             for name in names:
                 if task != self.task and getattr(self, name) != defaults[name]:

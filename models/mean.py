@@ -30,6 +30,13 @@ class Mean:
         self.load_state_dict({"total": 0.0, "count": 0})
         return mean
 
+    def whole(self) -> dict[str, Any]:
+        """The state of all ranks together, for any other number of them. Collective."""
+        return {"total": commlayer.all_reduce(self.total, group=self.group).item(), "count": self.count}
+
+    def load_whole(self, state: dict[str, Any]) -> None:
+        self.load_state_dict({**state, "total": state["total"] if self.group.rank == 0 else 0.0})
+
     def state_dict(self) -> dict[str, Any]:
         return {"total": self.total.item(), "count": self.count}
 

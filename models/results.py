@@ -14,7 +14,8 @@ import commlayer
 from models import config as configuration
 from models.memory import of_all_ranks
 from models.trainer import Trainer
-from parallel.placement import full_shape, gather_full
+from parallel.checkpoint import full_state_dict
+from parallel.placement import full_shape
 
 
 def metrics(trainer: Trainer, scores: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -40,11 +41,7 @@ def metrics(trainer: Trainer, scores: dict[str, Any], seconds: float) -> dict[st
 @torch.no_grad()
 def write(trainer: Trainer, metrics: dict[str, Any]) -> None:
     """The output folder, by rank 0; all ranks take part, since it needs the whole model, and what it says."""
-    whole = {}
-    for name, t in trainer.model.state_dict(keep_vars=True).items():
-        full = gather_full(t, t)
-        if trainer.world.rank == 0:  # the others have no room for it, and no use
-            whole[name] = full.cpu()
+    whole = full_state_dict(trainer.parallel)  # on rank 0: the others have no room for it, and no use
     folder = None
     if trainer.world.rank == 0:
         folder = Path(trainer.config.output)

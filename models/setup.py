@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 
 from commlayer import Group, Mesh
-from models import checkpoint
 from models import config as configuration
 from models.config import Config
 from models.tasks.forecast import Forecasting
 from models.tasks.language import LanguageModelling
 from models.tasks.task import Task
+from parallel import checkpoint
 
 TASKS: dict[str, type[Task]] = {"forecast": Forecasting, "language": LanguageModelling}
 
@@ -33,15 +33,22 @@ def build_meshes(config: Config, group: Group) -> tuple[Mesh, Mesh]:
     return mesh, mesh.fold(config.experts or "ep=1")
 
 
-def find_checkpoint(config: Config, mesh: Mesh) -> Path | None:
-    """Where the run goes on from, if anywhere; ValueError for one of another run, and if it would mix up two runs."""
-    last = checkpoint.newest(Path(config.output) / CHECKPOINTS)
+def find_checkpoint(config: Config, group: Group) -> Path | None:
+    """Where the run goes on from, if anywhere: a checkpoint whose files are as they were written. Collective.
+
+    ValueError for one of another run, and if it would mix up two runs; a warning for each that is broken.
+    """
+    last = checkpoint.last_good(Path(config.output) / CHECKPOINTS, group=group)
     found = None
     if config.resume == "auto":
         found = last
     elif config.resume:
         given = Path(config.resume)
-        found = given if (given / "about.json").exists() else checkpoint.newest(given / CHECKPOINTS)
+        if (given / CHECKPOINTS).is_dir():
+            found = checkpoint.last_good(given / CHECKPOINTS, group=group)
+        elif given.is_dir():
+            checkpoint.verify(given)
+            found = given
         if found is None:
             raise ValueError(f"resume: no checkpoint in {given}")
     if last is not None and (found is None or found.resolve() != last.resolve()):
@@ -50,10 +57,9 @@ def find_checkpoint(config: Config, mesh: Mesh) -> Path | None:
             "delete it"
         )
     if found is not None:
-        there = checkpoint.about(found)
-        wrong = configuration.differences(dataclasses.asdict(config), there["config"])
-        if there["mesh"] != repr(mesh):
-            wrong.insert(0, f"mesh is {mesh!r} here and {there['mesh']} there")
-        if wrong:
+        about = checkpoint.read_about(found)
+        if "config" not in about:
+            raise ValueError(f"resume: {found} is not of a run of this command")
+        if wrong := configuration.differences(dataclasses.asdict(config), about["config"]):
             raise ValueError(f"resume: {found} belongs to another run: {'; '.join(wrong)}")
     return found

@@ -3,6 +3,7 @@
     python -m models.train --config demo                                       # one process
     mpiexec -n 2 python -m models.train --config demo epochs=10                # or torchrun, srun, …
     mpiexec -n 2 python -m models.train --config text_demo --experts ep=2      # a mixture of experts, spread over ranks
+    mpiexec -n 2 python -m models.train --config text_demo --zero 3 --save-every 50   # everything shared out over dp
     srun python -m models.train --config vit_mp --mesh "dp=-1 tp=4" --amp bf16 --compile --resume
 
 Writes into the output folder: metrics.json, config.yaml, model.pt (the whole model, whatever the mesh), loss.png and
@@ -80,7 +81,7 @@ def set_up(given: Arguments, group: Group) -> Trainer:
     if config.tf32 and group.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     mesh, experts = _agreed(lambda: build_meshes(config, group), group)
-    path = commlayer.broadcast_object(_agreed(lambda: find_checkpoint(config, mesh), group), group=group)
+    path = commlayer.broadcast_object(_agreed(lambda: find_checkpoint(config, group), group), group=group)
     kind = TASKS[config.task]
     data = _agreed(lambda: kind.load(config), group)
     streams = Streams(config.seed, mesh)
@@ -139,7 +140,7 @@ def train(trainer: Trainer) -> dict[str, Any] | None:
                     score = _validate(trainer, report, loss=loss)
             stop = logs and not last and sigterm()
             if stop or (config.save_every and (last or trainer.step % config.save_every == 0)):
-                trainer.save()
+                trainer.save(wait=stop or last)
             if stop:
                 report.say(f"SIGTERM: saved step {trainer.step} of {trainer.steps}; --resume goes on from there")
                 return None

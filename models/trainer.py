@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import commlayer
 from commlayer import Mesh
-from models import checkpoint
 from models.config import Config
 from models.data.loading import LOADING, Batch, Feed, Samples
 from models.data.sampling import ShardedBatches
@@ -24,14 +23,20 @@ from models.memory import high_water
 from models.optimizer import adamw, learning_rate
 from models.setup import CHECKPOINTS
 from models.tasks.task import Task
+from parallel import checkpoint
 from parallel.amp import GradScaler
+from parallel.checkpoint import Saving
 from parallel.clip import clip_grad_norm_
 from parallel.data import DataParallel
 from parallel.rng import Streams
+from parallel.zero import ZeRO
 
-COUNTS = ("step", "history", "curve")  # what a Trainer keeps of itself as it is
-PARTS = ("epoch_loss", "recent_loss", "streams", "task")  # and by their state dicts, each rank its own,
-ALIKE = ("model", "optimizer", "scaler")  # or alike along dp, but for experts that are spread over it
+# What a checkpoint has beside the model and the optimiser: as it is, by state dicts, and what ranks have different.
+COUNTS = ("step", "history", "curve")
+STATES = ("scaler", "task")
+MEANS = ("epoch_loss", "recent_loss")
+
+DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of ZeRO's parameters
 
 
 class Trainer:
@@ -50,12 +55,11 @@ class Trainer:
         self.world, self.dp = commlayer.world(), mesh["dp"]
         self.device = self.world.device
         self.model = task.model
-        self.parallel = DataParallel(
-            self.model, mesh=mesh, experts=experts, bucket_mb=config.bucket_mb, sync_buffers=False
-        )  # they are constant, or the same on all ranks by themselves
         if config.compile:
             _compile(task.compilable())
         self.optimizer = adamw(self.model, config.optimizer)
+        self.parallel = self._wrapped()
+        self._saving: Saving | None = None
         self.scaler = GradScaler(mesh, self.device.type, enabled=config.amp == "fp16")
         self.feed = self._feed(task.data, config.batch, accumulate=config.accumulate, seed=config.seed)
         # Not more samples at once than in training.
@@ -79,6 +83,24 @@ class Trainer:
     def speed(self) -> dict[str, float]:
         """Of the median over the curve, so that neither compilation nor a hiccup counts."""
         return self.task.rates(statistics.median(entry[f"{self.task.unit}_per_second"] for entry in self.curve))
+
+    def _wrapped(self) -> DataParallel | ZeRO:
+        config = self.config
+        # Buffers are constant, or the same on all ranks by themselves.
+        options: dict[str, Any] = {"mesh": self.mesh, "experts": self.experts, "sync_buffers": False}
+        options["bucket_mb"] = config.bucket_mb
+        if not config.zero:
+            return DataParallel(self.model, **options)
+        return ZeRO(
+            self.model,
+            self.optimizer,
+            stage=config.zero,
+            replicas=config.replicas,
+            dtype=DTYPES[config.amp],
+            offload=config.offload,
+            folder=Path(config.output) / "offload" if config.offload == "disk" else None,
+            **options,
+        )
 
     def _feed(self, data: Samples, batch: int, **settings: Any) -> Feed:
         shares = ShardedBatches(len(data), batch, rank=self.dp.rank, size=self.dp.size, **settings)
@@ -105,7 +127,7 @@ class Trainer:
                 self.scaler.scale(mean).backward()
                 total += loss.total.detach()
         self.scaler.unscale_(self.optimizer)
-        norm = clip_grad_norm_(self.model, self.config.optimizer.clip or math.inf, mesh=self.mesh)
+        norm = clip_grad_norm_(self.parallel, self.config.optimizer.clip or math.inf, mesh=self.mesh)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.task.stepped()
@@ -120,38 +142,57 @@ class Trainer:
         if name not in self.memory:
             self.memory[name] = max(high_water(self.device), *self.memory.values(), 0)
 
-    def save(self) -> None:
-        """A checkpoint of this very moment."""
-        alike, own = self._kept()
-        checkpoint.save(
+    def save(self, *, wait: bool = True) -> None:
+        """A checkpoint of this very moment; without ``wait`` it is written while training goes on."""
+        self.saved()
+        self._saving = checkpoint.save(
             Path(self.config.output) / CHECKPOINTS,
             self.step,
-            self.mesh,
-            {"mesh": repr(self.mesh), "config": asdict(self.config)},
-            shared={name: getattr(self, name).state_dict() for name in alike},
-            own={
+            self.parallel,
+            self.optimizer,
+            shared={
                 **{name: getattr(self, name) for name in COUNTS},
-                **{name: getattr(self, name).state_dict() for name in own},
+                **{name: getattr(self, name).state_dict() for name in STATES},
+                **{name: getattr(self, name).whole() for name in MEANS},
+                "streams": self.streams.state_dict(),
+            },
+            own={
+                **{name: getattr(self, name).state_dict() for name in MEANS},
+                "streams": self.streams.state_dict(),
             },
             keep=self.config.keep,
+            background=not wait,
+            about={"mesh": self._place(), "config": asdict(self.config)},
         )
 
+    def saved(self) -> None:
+        """Wait for the last checkpoint; OSError on all ranks where it could not be written."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.wait()
+
     def resume(self, path: Path) -> None:
-        """Go on from there with the same bits. ValueError where the checkpoint is of something else."""
-        shared, own = checkpoint.load(path, self.mesh)
+        """Go on from there: on the same mesh with the same bits. ValueError where it is of something else.
+
+        ``path``: of a checkpoint that was verified.
+        """
+        loaded = checkpoint.load(path, self.parallel, self.optimizer, verify=False)
+        shared, own = loaded.shared, loaded.own if loaded.about["mesh"] == self._place() else None
         try:
-            for state, names in zip((shared, own), self._kept(), strict=True):
-                for name in names:
-                    getattr(self, name).load_state_dict(state[name])
             for name in COUNTS:
-                setattr(self, name, own[name])
+                setattr(self, name, shared[name])
+            for name in STATES:
+                getattr(self, name).load_state_dict(shared[name])
+            for name in MEANS:
+                mean = getattr(self, name)
+                mean.load_whole(shared[name]) if own is None else mean.load_state_dict(own[name])
+            self.streams.load_state_dict((own or shared)["streams"], moved=own is None)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"resume: {path} does not fit: {error}") from None
 
-    def _kept(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What has a state dict: alike along dp, or on each rank its own."""
-        spread = self.experts.size("ep-etp") > 1
-        return ((), PARTS + ALIKE) if spread else (ALIKE, PARTS)
+    def _place(self) -> str:
+        """What decides which rank draws which random numbers, and has which samples."""
+        return f"{self.mesh!r} {self.experts!r}"
 
 
 def _compile(modules: Sequence[nn.Module]) -> None:

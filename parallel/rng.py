@@ -106,18 +106,25 @@ class Streams:
         """All positions on this rank, and the states of torch's default generators; ``torch.save`` takes it."""
         return {**self._identity(), "draws": self._positions(), "default": _default_states()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, moved: bool = False) -> None:
         """Go on with the very numbers that would have followed ``state_dict()``.
 
-        Raises ValueError, and changes nothing, for the state of another seed, mesh or rank, of a model without one of
-        the streams in use, or of an accelerator that is not here.
+        ``moved``: the state may be of another mesh and rank. Streams go on where that rank's were, so that no numbers
+        come again, and the default generators as on that rank.
+
+        Raises ValueError, and changes nothing, for the state of another seed, and unless ``moved`` for that of another
+        mesh or rank, of a model without one of the streams in use, or of an accelerator that is not here.
         """
         expected = {**self._identity(), "draws": {}, "default": {}}
         if set(state) != set(expected):
             raise ValueError(f"state: expected the keys {', '.join(expected)}, got {', '.join(map(str, state))}")
         for key, here in self._identity().items():
-            if state[key] != here:
+            if state[key] != here and not (moved and key != "seed"):
                 raise ValueError(f"state: saved with {key} {state[key]}, but here it is {here}")
+        if moved:
+            self._go_to(state["draws"])
+            _set_default_states({device: old for device, old in state["default"].items() if device in _devices()})
+            return
         if unknown := set(self._streams) - set(state["draws"]):
             raise ValueError(
                 f"state: nothing about the stream along {', '.join(sorted(unknown))}, which is in use here; it has "

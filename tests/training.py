@@ -83,6 +83,6 @@ def same(a, b):
 def run(config):
     """As the command does, on a rank of run_local."""
     trainer = trainer_of(config)
-    if (path := find_checkpoint(config, trainer.mesh)) is not None:
+    if (path := find_checkpoint(config, trainer.world)) is not None:
         trainer.resume(path)
     return train(trainer)

@@ -76,6 +76,7 @@ class LanguageModelling(Task):
 
     name, unit, summed_over = "LM", "tokens", "dp-cp"
     no_skill = "the model does not beat the byte bigram"
+    leaves_meta = True
 
     model: LanguageModel
     data: TextSequences

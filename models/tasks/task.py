@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -45,13 +46,18 @@ class Task(ABC):
     no_skill: ClassVar[str]  # what to say about a model that its simple rivals beat
     summed_over: ClassVar[str]  # axes whose ranks' losses add up to that of a micro-batch
     per_sample = 1  # so many of the unit
+    leaves_meta = False  # a model from the meta device gets the same values by its reset_parameters()
 
     def __init__(
         self, config: Config, data: tuple[Samples, Samples], mesh: Mesh, experts: Mesh, streams: Streams
     ) -> None:
         self.config, (self.data, self.validation) = config, data
         self.device, self.group = commlayer.world().device, mesh[self.summed_over]
-        self.model = self.build(mesh, experts, streams).to(self.device)
+        if config.zero == 3 and self.leaves_meta:
+            with torch.device("meta"):
+                self.model = self.build(mesh, experts, streams)
+        else:
+            self.model = self.build(mesh, experts, streams).to(self.device)
 
     @staticmethod
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,20 +62,27 @@ def reset_parameters(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, flats: Sequence[Flat], init: Callable[[nn.Module], object]) -> None:
+def initialise(
+    module: nn.Module,
+    flats: Sequence[Flat],
+    init: Callable[[nn.Module], object],
+    share: Callable[[Iterable[tuple[str, nn.Parameter]]], None],
+) -> None:
     """Let ``init(module)`` fill the parameters. Each is whole while something is done with it, and no longer.
 
-    All ranks draw the same numbers, those of a model that is built whole, and keep what is theirs.
+    The numbers are those that the same calls draw for a model that is whole. ``share`` makes those of the first rank
+    the values of all.
 
     Raises ValueError for a parameter or buffer that was left without values.
     """
-    one = _OneByOne()
+    one = _OneByOne(share)
     mine = {member.param for flat in flats for member in flat.members}
     for p in module.parameters():
         if p not in mine:  # frozen, and so whole
             p.data = p.data.clone()
     with one.taking(flats):
         init(module)
+    share((name, p) for name, p in module.named_parameters() if p not in mine)
     if missing := [m.name for flat in flats for m in flat.members if m not in one.filled and m.param.numel()]:
         raise ValueError(f"init: nothing was done with {', '.join(missing)}, which came from the meta device")
     for name, tensor in (*module.named_buffers(), *((n, p) for n, p in module.named_parameters() if p not in mine)):
@@ -86,7 +93,8 @@ def initialise(module: nn.Module, flats: Sequence[Flat], init: Callable[[nn.Modu
 class _OneByOne:
     """Of all parameters only the last that was touched has values: views of it are good until the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: Callable[[Iterable[tuple[str, nn.Parameter]]], None]) -> None:
+        self.share = share
         self.filled: set[Member] = set()
         self._current: tuple[Flat, Member] | None = None
 
@@ -114,6 +122,7 @@ class _OneByOne:
     def _put_away(self, bring: Callable[..., None]) -> None:
         if self._current is not None:
             flat, member = self._current
+            self.share([(member.name, member.param)])
             flat.store(member, member.param.data)
             self.filled.add(member)
             release(member.param, flat.master, flat.device, bring)

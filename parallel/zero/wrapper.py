@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class ZeRO(nn.Module):
         units: of stage 3, the submodules whose parameters are gathered together, while they run; by default the entries
             of ModuleLists and Sequentials, and modules beside these.
         dtype: to compute in, such as ``torch.bfloat16``; the optimiser has the weights in at least float32. Inputs of
-            forward are cast.
+            forward are cast, except under autocast, which does so itself.
         reduce_dtype: of gradients on their way (they are summed, then divided); by default that of the optimiser.
         bucket_mb: of stages 1 and 2, size in MiB of what is reduced at once.
         offload: ``"cpu"``: gradients and state of the optimiser are there, in stage 3 the parameters, too. ``"disk"``:
@@ -123,8 +124,6 @@ class ZeRO(nn.Module):
         self._renewed = leave_meta(module, self.group.device)
         state = [*module.named_parameters(), *module.named_buffers()]
         words = f"stage {stage}, replicas {replicas}, bucket_mb {bucket_mb:g}, {dtype}, {reduce_dtype}, {offload}"
-        if self._renewed:  # all ranks draw the same numbers, so that nothing has to be sent
-            words += f", a generator of state {hash(torch.get_rng_state().numpy().tobytes()):x}"
         self.replicas.check_alike(state, words)
         if not self._renewed:
             self.replicas.broadcast(state, self._bytes)
@@ -158,7 +157,8 @@ class ZeRO(nn.Module):
     def _fill(self, init: Callable[[nn.Module], object] | None) -> None:
         """Take the values of the parameters, and give them the places that they have from now on."""
         if self._renewed:
-            initialise(self.module, self.flats, init or reset_parameters)
+            share = partial(self.replicas.broadcast, limit=self._bytes)
+            initialise(self.module, self.flats, init or reset_parameters, share)
         for flat in self.flats:
             for member in flat.members:
                 member.param.grad = None
@@ -216,7 +216,7 @@ class ZeRO(nn.Module):
                 )
         if self.sync_buffers and self._gradients.sync and self.training and torch.is_grad_enabled():
             self.replicas.broadcast(self.module.named_buffers(), self._bytes)
-        if self.dtype is not None:
+        if self.dtype is not None and not torch.is_autocast_enabled(self.group.device.type):
             args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
         return self.module(*args, **kwargs)
 
