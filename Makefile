@@ -23,8 +23,9 @@ demo: $(BIN)/.ready
 
 test: test-unit test-spmd
 
+# In two processes, since many tests wait; a file's tests share a job or a hub, and so stay together.
 test-unit: $(BIN)/.ready
-	$(BIN)/python -m pytest -q tests/unit tests/faults tests/torch_programs
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/faults tests/torch_programs
 
 # The same tests on each backend, and under profiles of backends that are not here.
 test-spmd: $(BIN)/.ready

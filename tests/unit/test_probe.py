@@ -205,9 +205,9 @@ def test_nothing_is_left_when_the_command_is_interrupted(backend, sign, tmp_path
             assert time.monotonic() < until, _marked(mark)
             time.sleep(0.1)
         process.send_signal(sign)
-        process.wait(15)
+        process.wait(60)  # the end of an interpreter takes its time on a busy machine; a probe takes longer
     assert process.returncode != 0
-    until = time.monotonic() + 10
+    until = time.monotonic() + 30
     while _marked(mark) or list(tmp_path.iterdir()):
         assert time.monotonic() < until, (_marked(mark), list(tmp_path.iterdir()))
         time.sleep(0.1)
