@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,19 @@ def save(
     if (before := _pending.pop(group, None)) is not None:
         before.wait()
 
-    def prepare() -> tuple[Content, bytes, Any]:
+    def prepare() -> tuple[Content, Rest, bytes, Any]:
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"step: expected an int of at least 0, got {step!r}")
         if keep is not None and keep < 1:
             raise ValueError(f"keep: expected at least 1, got {keep}")
-        return collect(model, optimizer), to_bytes("own", own), _json(about)
+        content = collect(model, optimizer)
+        rest = Rest(shared if group.rank == 0 else None, content.tied, content.groups, content.scalars)
+        to_bytes("shared", rest.shared)
+        to_bytes("optimizer", replace(rest, shared=None))
+        return content, rest, to_bytes("own", own), _json(about)
 
-    content, own_bytes, noted = agreed(prepare, group)
+    content, rest, own_bytes, noted = agreed(prepare, group)
     writer = Writer(content.tensors)
-    rest = Rest(shared, content.tied, content.groups, content.scalars)
     plan, metadata, aside, rest_bytes = _planned(writer, rest, group, folder, step)
     saving = Saving(group, folder, step, aside, keep, noted)
     if background:
