@@ -74,8 +74,9 @@ class Flat:
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]], kind: Kind, settings: Settings) -> None:
         self.kind, self.settings, self.over = kind, settings, kind.over
-        self.dtype = settings.dtype or kind.dtype
-        self.master = torch.promote_types(kind.dtype, torch.float32)
+        floating = kind.dtype.is_floating_point
+        self.dtype = settings.dtype if settings.dtype is not None and floating else kind.dtype
+        self.master = torch.promote_types(kind.dtype, torch.float32) if kind.trained else kind.dtype
         self.reduced = settings.reduce_dtype or self.master
         self.device, self.home = kind.device, torch.device("cpu") if settings.offload else kind.device
         self.members: list[Member] = []

@@ -111,7 +111,8 @@ class _OneByOne:
                 values = commlayer.all_gather(member.piece.detach(), sizes=cut.sizes, group=cut.group)
                 values = values.to(flat.device).view(member.shape)
             else:
-                values = torch.full(member.shape, float("nan"), dtype=flat.master, device=flat.device)
+                nothing = float("nan") if flat.master.is_floating_point else 0
+                values = torch.full(member.shape, nothing, dtype=flat.master, device=flat.device)
             hand_out(param, values)
 
         for flat, member in places.values():

@@ -55,9 +55,9 @@ def check_elementwise(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     problem = None
     for i, group in enumerate(optimizer.param_groups):
-        if not group["params"]:
+        like = next((p for p in group["params"] if p.ndim and p.numel()), None)
+        if like is None:
             continue
-        like = group["params"][0]
         draw = torch.Generator().manual_seed(0)
         start, *gradients = (torch.randn(SHAPE, generator=draw, dtype=torch.float64) for _ in range(STEPS + 1))
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -67,7 +67,7 @@ def check_elementwise(optimizer: Optimizer) -> None:
         parts = [nn.Parameter(flat[:CUT].clone()), nn.Parameter(flat[CUT:].clone())]
         try:
             for params in (whole, parts):
-                trial = _alike(optimizer, i, params)
+                trial = _alike(optimizer, i, like, params)
                 for gradient in gradients:
                     rows = gradient.to(device, dtype)
                     given = [rows] if params is whole else [rows.flatten()[:CUT], rows.flatten()[CUT:]]
@@ -93,18 +93,17 @@ def limited(optimizer: Optimizer, params: Sequence[Any]) -> Optimizer:
     return _with(optimizer, groups, optimizer.state)
 
 
-def _alike(optimizer: Optimizer, group: int, params: Sequence[nn.Parameter]) -> Optimizer:
-    """An optimiser with the options of one group, for other parameters."""
+def _alike(optimizer: Optimizer, group: int, like: nn.Parameter, params: Sequence[nn.Parameter]) -> Optimizer:
+    """An optimiser with the options of a group, for other parameters than ``like``, which is of that."""
     options = {
         key: value.clone() if isinstance(value, Tensor) else value
         for key, value in optimizer.param_groups[group].items()
         if key != "params"
     }
     state: dict[Any, Any] = defaultdict(dict)
-    like = optimizer.param_groups[group]["params"][0]
     for p in params:  # some, as Adagrad, begin with a state
         for name, value in optimizer.state.get(like, {}).items():
-            if isinstance(value, Tensor) and value.shape == like.shape and value.ndim and value.numel():
+            if isinstance(value, Tensor) and value.shape == like.shape:
                 state[p][name] = torch.full_like(p, value.flatten()[0].item())
             else:
                 state[p][name] = value.clone() if isinstance(value, Tensor) else value

@@ -89,7 +89,9 @@ def release(param: nn.Parameter, dtype: torch.dtype, device: torch.device, bring
     if not isinstance(param, Released):
         param._usual_class = type(param)  # type: ignore[attr-defined]
     _become(param, param._usual_class)  # type: ignore[attr-defined]
-    param.data = torch.full((), float("nan"), dtype=dtype, device=device).expand(shape)
+    param.data = torch.full((), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device).expand(
+        shape
+    )
     param._bring = bring  # type: ignore[attr-defined]
     _become(param, Released)
 
