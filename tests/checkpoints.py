@@ -195,3 +195,7 @@ def save_until_full(folder, limit, sending, ranks):
 
 def mesh_of(layout):
     return Mesh(f"dp={layout.dp} tp={layout.tp}")
+
+
+# Much of torch is imported where the first optimiser is made: once, before processes are forked from one that has this.
+filled(0)
