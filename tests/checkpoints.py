@@ -18,11 +18,11 @@ from parallel.placement import mark_sharded, mark_stretch
 
 @dataclass(frozen=True)
 class Cut:
-    """Of one parameter: ``sizes`` of ``dim`` over tp, then ``bounds`` over dp, as fractions of the elements."""
+    """Of one parameter: ``sizes`` of ``dim`` over tp, then ``bounds`` over dp, fractions of each tp rank's part."""
 
     dim: int | None
     sizes: tuple[int, ...]
-    bounds: tuple[float, ...] | None
+    bounds: tuple[tuple[float, ...], ...] | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ def layouts(draw, shapes):
     for shape in shapes:
         dim = draw(st.sampled_from([None, *range(len(shape))]))
         sizes = () if dim is None else tuple(np.diff(bounds(shape[dim], tp)).tolist())
-        fractions = tuple(b / 60 for b in bounds(60, dp)) if draw(st.booleans()) else None
+        # As ZeRO has it, at other places on each rank of tp.
+        stretched = draw(st.booleans())
+        fractions = tuple(tuple(b / 60 for b in bounds(60, dp)) for _ in range(tp)) if stretched else None
         cuts.append(Cut(dim, sizes, fractions))
     return Layout(dp, tp, tuple(cuts))
 
@@ -86,7 +88,7 @@ def build(layout, wholes, mesh):
         if cut.dim is not None:
             mark_sharded(holder.weight, cut.dim, axis="tp", group=mesh["tp"], sizes=cut.sizes)
         if cut.bounds is not None:
-            at = bounds_of(holder.weight.numel(), cut)
+            at = bounds_of(holder.weight.numel(), cut, mesh)
             rank = mesh.rank("dp")
             piece = nn.Parameter(holder.weight.detach().reshape(-1)[at[rank] : at[rank + 1]].clone())
             pieces[f"{index}.weight"] = mark_stretch(piece, holder.weight, mesh["dp"], at)
@@ -100,8 +102,8 @@ def part(whole, cut, mesh):
     return np.split(whole, ends[:-1], cut.dim)[mesh.rank("tp")]
 
 
-def bounds_of(numel, cut):
-    return [round(fraction * numel) for fraction in cut.bounds]
+def bounds_of(numel, cut, mesh):
+    return [round(fraction * numel) for fraction in cut.bounds[mesh.rank("tp")]]
 
 
 def expected(whole, cut, mesh):
@@ -109,7 +111,7 @@ def expected(whole, cut, mesh):
     mine = part(whole, cut, mesh)
     if cut.bounds is None:
         return mine
-    at, rank = bounds_of(mine.size, cut), mesh.rank("dp")
+    at, rank = bounds_of(mine.size, cut, mesh), mesh.rank("dp")
     return mine.reshape(-1)[at[rank] : at[rank + 1]]
 
 

@@ -50,6 +50,18 @@ def stretch_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     return [*within(first - 1, start, first * row), *whole, *within(last, last * row, stop)]
 
 
+def without(box: Box, others: Sequence[Box]) -> list[Box]:
+    """What is left of ``box``, in boxes."""
+    left = [box] if box.numel else []
+    for other in others:
+        left = [piece for part in left for piece in _minus(part, other)]
+    return left
+
+
+def within(inner: Box, outer: Box) -> bool:
+    return not without(inner, [outer])
+
+
 def check_cover(shape: Sequence[int], boxes: Sequence[Box]) -> None:
     """Raises ValueError unless each element of a tensor of ``shape`` is in exactly one of the ``boxes``."""
     for box in boxes:
@@ -59,14 +71,15 @@ def check_cover(shape: Sequence[int], boxes: Sequence[Box]) -> None:
         )
         if not inside:
             raise ValueError(f"a part at {list(box.offsets)} of sizes {list(box.sizes)} is not within {list(shape)}")
-    if pair := _overlap(shape, [box for box in boxes if box.numel]):
+    if pair := overlap(shape, [box for box in boxes if box.numel]):
         parts = " and ".join(f"at {list(box.offsets)} of sizes {list(box.sizes)}" for box in pair)
         raise ValueError(f"parts overlap: {parts}")
     if (held := sum(box.numel for box in boxes)) != prod(shape):
         raise ValueError(f"ranks hold {held} of {prod(shape)} elements")
 
 
-def _overlap(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[Box, Box] | None:
+def overlap(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[Box, Box] | None:
+    """Two boxes, none of which is empty, that have an element in common."""
     if not shape:
         return (boxes[0], boxes[1]) if len(boxes) > 1 else None
     # Along the dim with the most cuts few boxes are side by side.
@@ -75,10 +88,28 @@ def _overlap(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[Box, Box] | No
     for box in sorted(boxes, key=lambda box: box.offsets[dim]):
         beside = [other for other in beside if other.offsets[dim] + other.sizes[dim] > box.offsets[dim]]
         for other in beside:
-            if all(
-                a < b + n and b < a + m
-                for a, m, b, n in zip(box.offsets, box.sizes, other.offsets, other.sizes, strict=True)
-            ):
+            if _meet(box, other):
                 return other, box
         beside.append(box)
     return None
+
+
+def _meet(a: Box, b: Box) -> bool:
+    every = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    return all(start < other + n and other < start + m for start, m, other, n in every)
+
+
+def _minus(a: Box, b: Box) -> list[Box]:
+    if not _meet(a, b):
+        return [a]
+    pieces = []
+    offsets, sizes = list(a.offsets), list(a.sizes)
+    for dim, (start, size) in enumerate(zip(b.offsets, b.sizes, strict=True)):
+        begin, end = offsets[dim], offsets[dim] + sizes[dim]
+        for low, high in ((begin, start), (start + size, end)):
+            if low < high:  # a slab before, or behind
+                slab = Box((*offsets[:dim], low, *offsets[dim + 1 :]), (*sizes[:dim], high - low, *sizes[dim + 1 :]))
+                pieces.append(slab)
+        offsets[dim] = max(begin, start)
+        sizes[dim] = min(end, start + size) - offsets[dim]
+    return pieces

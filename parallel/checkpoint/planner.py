@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from parallel.checkpoint.boxes import Box, check_cover
+from parallel.checkpoint.boxes import Box, check_cover, overlap, within, without
 from parallel.checkpoint.content import Held, Path, key_of
 
 
@@ -41,11 +42,7 @@ class Writer(SavePlanner):
 
     def __init__(self, tensors: dict[Path, Held]) -> None:
         self.tensors = tensors
-        self.values = {
-            MetadataIndex(key_of(path), box.offsets): values
-            for path, held in tensors.items()
-            for box, values in held.pieces
-        }
+        self.values: dict[MetadataIndex, Tensor] = {}
 
     def set_up_planner(self, *_: Any, **__: Any) -> None:
         """Nothing: it has got its tensors."""
@@ -70,28 +67,36 @@ class Writer(SavePlanner):
                 holders[item.index.fqn, _box(item)].append((rank, item))
         written: list[list[WriteItem]] = [[] for _ in all_plans]
         load = [0] * len(all_plans)
+        taken: dict[str, list[Box]] = defaultdict(list)
+        # ZeRO cuts a parameter at other places where other parameters beside it are cut by tp into larger parts.
+        overlapping = _overlapping(tensors, holders)
         # What only one rank holds is its own; then the largest first, to whom has the least.
-        for (key, _), held in sorted(holders.items(), key=lambda entry: _order(entry[1])):
+        for (key, box), held in sorted(holders.items(), key=lambda entry: _order(entry[1])):
             # Of what should be alike the first rank's counts.
             ranks = held[:1] if held[0][1].type == WriteItemType.TENSOR else held
             rank, item = min(ranks, key=lambda choice: load[choice[0]])
-            assert item.tensor_data is not None
-            load[rank] += _bytes(item)
-            chunks = tensors[key].chunks
-            written[rank].append(replace(item, index=replace(item.index, index=len(chunks))))
-            chunks.append(item.tensor_data.chunk)
+            for part in without(box, taken[key]) if key in overlapping else [box]:
+                taken[key].append(part)
+                written[rank].append(_part_of(item, part, len(taken[key]) - 1))
+                load[rank] += _bytes(written[rank][-1])
         for key, tensor in tensors.items():
             try:
-                check_cover(tensor.size, [Box(tuple(c.offsets), tuple(c.sizes)) for c in tensor.chunks])
+                check_cover(tensor.size, taken[key])
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
+            tensor.chunks.extend(ChunkStorageMetadata(torch.Size(b.offsets), torch.Size(b.sizes)) for b in taken[key])
         paths = {key_of(path): path for plan in all_plans for path, _, _ in plan.planner_data}
         plans = [replace(plan, items=items, planner_data=None) for plan, items in zip(all_plans, written, strict=True)]
         return plans, Metadata({**tensors}, planner_data=paths)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """From here on only what this rank writes is kept."""
-        self.values = {item.index: self.values[item.index] for item in new_plan.items}
+        """Views of what this rank writes."""
+        pieces = {key_of(path): held.pieces for path, held in self.tensors.items()}
+        for item in new_plan.items:
+            part = _box(item)
+            box, values = next(piece for piece in pieces[item.index.fqn] if within(part, piece[0]))
+            start = [a - b for a, b in zip(part.offsets, box.offsets, strict=True)]
+            self.values[item.index] = values.detach()[Box(tuple(start), part.sizes).slices]
         return new_plan
 
     def copy_values(self) -> None:
@@ -156,6 +161,22 @@ def _described(plans: list[SavePlan]) -> dict[str, TensorStorageMetadata]:
                 first = f"{known.properties.dtype} {list(known.size)}"
                 raise ValueError(f"{key}: {first} on one rank, {dtype} {list(size)} on rank {rank}")
     return tensors
+
+
+def _overlapping(tensors: dict[str, TensorStorageMetadata], holders: Iterable[tuple[str, Box]]) -> set[str]:
+    """The tensors whose boxes are not all different."""
+    boxes = defaultdict(list)
+    for key, box in holders:
+        boxes[key].append(box)
+    return {key for key, found in boxes.items() if overlap(tensors[key].size, found)}
+
+
+def _part_of(item: WriteItem, part: Box, place: int) -> WriteItem:
+    """Only that part of the item, as the tensor's chunk of this number."""
+    chunk = ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes))
+    assert item.tensor_data is not None
+    index = MetadataIndex(item.index.fqn, part.offsets, place)
+    return replace(item, index=index, tensor_data=replace(item.tensor_data, chunk=chunk))
 
 
 def _box(item: WriteItem) -> Box:

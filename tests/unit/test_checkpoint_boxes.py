@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.checkpoint.boxes import Box, check_cover, stretch_boxes
+from parallel.checkpoint.boxes import Box, check_cover, stretch_boxes, within, without
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
@@ -44,16 +44,33 @@ def test_stretches_cover_a_tensor_and_less_or_more_does_not(shape, data):
 def test_covering_is_counting(shape, data):
     """Against a count per element, of boxes anywhere."""
     count = np.zeros(shape, dtype=int)
-    boxes = []
-    for _ in range(data.draw(st.integers(0, 5))):
-        ends = [sorted(data.draw(st.tuples(st.integers(0, s), st.integers(0, s)))) for s in shape]
-        boxes.append(Box(tuple(a for a, _ in ends), tuple(b - a for a, b in ends)))
-        count[boxes[-1].slices] += 1
+    boxes = [a_box(shape, data) for _ in range(data.draw(st.integers(0, 5)))]
+    for box in boxes:
+        count[box.slices] += 1
     if (count == 1).all():
         check_cover(shape, boxes)
     else:
         with pytest.raises(ValueError, match=r"overlap|ranks hold"):
             check_cover(shape, boxes)
+
+
+@settings(max_examples=300, deadline=None)
+@given(shape=SHAPES, data=st.data())
+def test_what_is_left_of_a_box(shape, data):
+    box, *others = [a_box(shape, data) for _ in range(data.draw(st.integers(1, 4)))]
+    count = np.zeros(shape, dtype=int)
+    count[box.slices] = 1
+    for other in others:
+        count[other.slices] = 0
+    for left in without(box, others):
+        assert within(left, box)
+        count[left.slices] -= 1
+    assert not count.any()
+
+
+def a_box(shape, data):
+    ends = [sorted(data.draw(st.tuples(st.integers(0, s), st.integers(0, s)))) for s in shape]
+    return Box(tuple(a for a, _ in ends), tuple(b - a for a, b in ends))
 
 
 def test_a_box_outside_is_an_error():
