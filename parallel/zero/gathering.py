@@ -2,12 +2,16 @@
 
 A forward pass walks through all units in their order, a backward pass in the reverse one. Wherever a rank comes to a
 unit, it gathers all that come before it on the walk, that one, and the next (to have it on its way meanwhile); and at
-the end of the pass what is left. So a rank whose data leaves a unit out still takes part in its gathering. On the way
-back, the gradients of a unit are sent off when the unit before it is reached. Both are one sequence of collectives,
-so also backends that can do only one thing at a time find the same one on all ranks.
+the end of the pass what is left. So a rank whose data leaves a unit out, or takes units in another order, still takes
+part in the gathering of each. On the way back, the gradients of a unit are sent off when the unit before it is reached.
+Both are one sequence of collectives, so also backends that can do only one thing at a time find the same one on all
+ranks. The root's own parameters are needed first and last: they stay from the beginning of forward to the end of
+backward.
 
 Autograd would keep the weights that it needs for backward alive. It gets a note of them instead (by saved-tensor
 hooks), and the weights when it comes to them. Where others keep them, as a recomputation does, they stay as long.
+
+A unit to which a forward pass goes back from a later one is gathered again, which all ranks have to do alike.
 """
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from commlayer import UnsupportedOperation
+import commlayer
+from commlayer import CommError, UnsupportedOperation
 from parallel.zero.flat import Flat, Member
 from parallel.zero.gradients import Gradients
 from parallel.zero.released import Released, hand_out, release
@@ -29,35 +34,46 @@ from parallel.zero.released import Released, hand_out, release
 class Unit:
     """A module, and the vectors of what is gathered with it."""
 
-    def __init__(self, index: int, module: nn.Module, flats: Sequence[Flat]) -> None:
-        self.index, self.module, self.flats = index, module, list(flats)
+    def __init__(self, module: nn.Module, flats: Sequence[Flat]) -> None:
+        self.module, self.flats = module, list(flats)
         self.members = [(flat, member) for flat in flats for member in flat.members]
+        self.index = -1  # on the walk; the root is not
         self.users = 0  # calls of the module that are under way
         self.out = True  # the parameters have values
+        self.notes = 0  # that autograd still has
+        self.unseen = 0  # calls of which it got none, so that they may be done again in backward
+        self.saving: Any = None  # the hooks of a call outside of any pass
 
     @property
     def here(self) -> bool:
         return all(flat.full is not None for flat in self.flats)
 
 
-class _Note(NamedTuple):
+class _Note:
     """What autograd keeps in place of a view of a gathered vector."""
 
-    unit: Unit
-    flat: Flat
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
+    def __init__(self, unit: Unit, flat: Flat, view: Tensor) -> None:
+        self.unit, self.flat = unit, flat
+        self.place = view.size(), view.stride(), int(view.storage_offset())
+        unit.notes += 1
+
+    def __del__(self) -> None:
+        self.unit.notes -= 1
 
 
 class Gathering:
     """The walk through the units of one model."""
 
     def __init__(self, root: nn.Module, units: Sequence[Unit], gradients: Gradients) -> None:
-        self.units, self.gradients = list(units), gradients
+        self.gradients = gradients
+        self.root = next((unit for unit in units if unit.module is root), None)
+        self.units = [unit for unit in units if unit is not self.root]
+        self.all = list(units)
         self._forward: int | None = None  # the last unit reached by the forward pass; None outside of one
         self._backward: int | None = None
-        self._saving: list[Any] = []
+        self._saving: Any = None  # the hooks of the forward pass
+        self._used: list[Unit] = []  # in the forward pass, and not dropped yet
+        self._passed: list[Unit] = []  # on the way back, and not dropped yet
         self._owners: dict[int, tuple[Unit, Flat]] = {}  # of storages
         self.everything = 0  # nested uses of gathered()
         gradients.opened, gradients.ending = self._turn_round, self._end_backward
@@ -65,15 +81,13 @@ class Gathering:
             root.register_forward_pre_hook(lambda *_: self._begin()),
             root.register_forward_hook(lambda *called: self._end(_failed(called[-1])), always_call=True),
         ]
-        for unit in self.units:
-            if unit.module is root:
-                continue
+        for i, unit in enumerate(self.units):
+            unit.index = i
             self._handles += [
                 unit.module.register_forward_pre_hook(_call(self._enter, unit)),
                 unit.module.register_forward_hook(_call(self._leave, unit), always_call=True),
             ]
-        self._root = next((unit for unit in self.units if unit.module is root), None)
-        for unit in self.units:
+        for unit in self.all:
             self._take_back(unit)
 
     def close(self) -> None:
@@ -82,15 +96,16 @@ class Gathering:
 
     def drop(self) -> None:
         """The shards have changed: forget what was gathered of them before."""
-        for unit in self.units:
+        for unit in self.all:
+            unit.unseen = 0
             self._drop(unit)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """All units at once, with their values in the parameters."""
-        for unit in self.units:
+        for unit in self.all:
             self._start(unit)
-        for unit in self.units:
+        for unit in self.all:
             self._finish(unit)
             self._hand_out(unit)
         self.everything += 1
@@ -105,38 +120,37 @@ class Gathering:
     def _begin(self) -> None:
         if self.everything:
             return
-        if _in_backward():  # a recomputation of the whole model
-            if self._root is not None:
-                self._enter(self._root)
-            return
-        self.gradients.check()
-        self._forward = -1
-        if torch.is_grad_enabled():
-            saving = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-            saving.__enter__()
-            self._saving.append(saving)
-        if self._root is not None:
-            self._enter(self._root)
+        if not _in_backward():  # or it is a recomputation of the whole model
+            self.gradients.check()
+            self._forward = -1
+            if torch.is_grad_enabled():
+                self._saving = self._hooked()
+        if self.root is not None:
+            self._enter(self.root)
 
     def _end(self, failed: bool) -> None:
         if self.everything:
             return
-        if self._root is not None:
-            self._leave(self._root)
+        if self.root is not None:
+            self._leave(self.root)
         if _in_backward() or self._forward is None:
             return
         if not failed:
             self._walk(len(self.units) - 1)  # with those ranks whose data took them there
         self._forward = None
-        last = len(self.units) - 1 if self._saving and not failed else None  # backward begins with that
-        if self._saving:
-            self._saving.pop().__exit__(None, None, None)
-        for unit in self.units:
+        self._used.clear()
+        stays: list[Unit | None] = []
+        if self._saving is not None:
+            self._saving.__exit__(None, None, None)
+            self._saving = None
+            if not failed:  # backward begins with the last, and needs the root's
+                stays = [self.root, *self.units[-1:]]
+        for unit in self.all:
             if failed:
                 unit.users = 0
                 for flat in unit.flats:
                     flat.gathering = None  # the others may never come
-            if unit.index != last:
+            if unit not in stays:
                 self._drop(unit)
 
     def _enter(self, unit: Unit) -> None:
@@ -145,8 +159,13 @@ class Gathering:
             return
         self._reach(unit)
         unit.users += 1
-        if unit.users == 1:
-            self._hand_out(unit)
+        if unit.users > 1:
+            return
+        self._hand_out(unit)
+        if not _in_backward() and torch.is_grad_enabled():
+            unit.unseen += 1
+            if self._forward is None:
+                unit.saving = self._hooked()
 
     def _leave(self, unit: Unit) -> None:
         if self.everything or not unit.users:
@@ -155,67 +174,105 @@ class Gathering:
         if unit.users:
             return
         self._take_back(unit)
-        last = unit.index == len(self.units) - 1 and bool(self._saving)
-        if not _in_backward() and not last:
+        if unit.saving is not None:
+            unit.saving.__exit__(None, None, None)
+            unit.saving = None
+        if _in_backward():
+            unit.unseen -= 1
+        elif self._forward is None:
             self._drop(unit)
+        elif unit is not self.root:
+            self._used.append(unit)  # and perhaps it is called again at once
 
     def _reach(self, unit: Unit) -> None:
         if _in_backward():
-            self._walk_back(unit.index)
-        elif self._forward is not None:
+            self.gradients.begin()
+            if unit is not self.root:
+                self._walk_back(unit.index)
+        elif self._forward is not None and unit is not self.root:
             self._walk(unit.index)
-        self._start(unit)  # come to once more, or outside of any pass
+        if not unit.here:
+            if unit is not self.root:
+                self._agree_on(unit)
+            self._start(unit)
         self._finish(unit)
 
     def _walk(self, to: int) -> None:
         assert self._forward is not None
+        for used in [*self._used]:
+            if used.index < to and not used.users:
+                self._used.remove(used)
+                self._drop(used)
         for i in range(self._forward + 1, to + 1):
             self._start(self.units[i])
             self._forward = i
         if to == self._forward and to + 1 < len(self.units):
             self._start(self.units[to + 1])
 
+    def _agree_on(self, unit: Unit) -> None:
+        """Before a unit is gathered that is not next: a message of another size than any vector, so that a rank that
+        does so alone ends in an error, and not with the weights of another unit."""
+        for group in dict.fromkeys(flat.over for flat in unit.flats if flat.over.size > 1):
+            mine = torch.full((3,), unit.index, dtype=torch.int16, device=group.device)
+            if (commlayer.all_gather(mine, group=group) != unit.index).any():
+                raise CommError(f"ZeRO: ranks want different modules, this one {type(unit.module).__name__}, once more")
+
     # Backward ----------------------------------------------------------------------------------------------
 
     def _turn_round(self) -> None:
         self._backward = len(self.units)
+        if self.root is not None:
+            self._start(self.root)
 
     def _walk_back(self, to: int) -> None:
-        self.gradients.begin()
-        if self._backward is None:  # within torch.autograd.grad of something else
+        if self._backward is None:
             return
         for i in range(self._backward - 1, to - 1, -1):
             self._start(self.units[i])
             self._backward = i
             if i + 1 < len(self.units):
-                self._done(self.units[i + 1])
+                self._pass(self.units[i + 1])
             if i > 0:
                 self._start(self.units[i - 1])
 
-    def _done(self, unit: Unit) -> None:
-        if not unit.users:
-            self._drop(unit)
+    def _pass(self, unit: Unit) -> None:
+        """On the way back: send off its gradients. It stays as long as this rank may come to it once more."""
         self.gradients.start([flat for flat in unit.flats if flat.kind.trained])
+        self._passed.append(unit)
+        for passed in [*self._passed]:
+            if not passed.users and not passed.notes and passed.unseen <= 0:
+                self._passed.remove(passed)
+                self._drop(passed)
 
     def _end_backward(self) -> None:
         self._walk_back(0)
-        self._done(self.units[0])
+        for unit in (*self.units[:1], *([self.root] if self.root is not None else [])):
+            self._pass(unit)
         self._backward = None
-        for unit in self.units:
+        self._passed.clear()
+        for unit in self.all:
+            unit.unseen = 0
             self._drop(unit)
+
+    def _hooked(self) -> Any:
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        hooks.__enter__()
+        return hooks
 
     def _pack(self, x: Tensor) -> Any:
         owner = self._owners.get(x.untyped_storage()._cdata) if type(x) in (Tensor, nn.Parameter) else None
         if owner is None or x.dtype != owner[1].dtype or x.is_conj() or x.is_neg():
             return x
-        return _Note(*owner, x.size(), x.stride(), int(x.storage_offset()))
+        unit = owner[0]
+        unit.unseen = 0
+        return _Note(*owner, x)
 
     def _unpack(self, kept: Any) -> Any:
         if not isinstance(kept, _Note):
             return kept
         self._reach(kept.unit)
         assert kept.flat.full is not None
-        return kept.flat.full.as_strided(kept.size, kept.stride, kept.offset)
+        return kept.flat.full.as_strided(*kept.place)
 
     # One unit ----------------------------------------------------------------------------------------------
 

@@ -147,8 +147,7 @@ class ZeRO(nn.Module):
         self._gradients = Gradients(taught, summed, by_unit=stage == 3)
         self._gathering: Gathering | None = None
         if stage == 3:
-            whole = [Unit(i, owner, flats) for i, (owner, flats) in enumerate(divided)]
-            self._gathering = Gathering(module, whole, self._gradients)
+            self._gathering = Gathering(module, [Unit(owner, flats) for owner, flats in divided], self._gradients)
         self._disk = DiskState(optimizer, taught, Path(folder)) if folder is not None else None
         self._follow_optimizer()
 
