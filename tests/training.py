@@ -1,8 +1,10 @@
 """Small training runs for tests."""
 
+import tempfile
 import threading
 
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import commlayer
 from models import config as configuration
@@ -67,7 +69,12 @@ def trainer_of(config, data=None):
 
 
 def state_of(folder, step, rank):
-    return torch.load(folder / f"checkpoints/step-{step:08}/rank-{rank:05}.pt")
+    """All that a checkpoint of a run has for a rank, the tensors whole."""
+    path = folder / f"checkpoints/step-{step:08}"
+    with tempfile.TemporaryDirectory() as there:
+        dcp_to_torch_save(path, f"{there}/all.pt")
+        whole = torch.load(f"{there}/all.pt", weights_only=True)
+    return {**whole, "shared": torch.load(path / "shared.pt"), "own": torch.load(path / f"own-{rank:05}.pt")}
 
 
 def same(a, b):

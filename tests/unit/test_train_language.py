@@ -124,23 +124,43 @@ def test_resumed_is_uninterrupted(tmp_path, mesh, options):
             assert same([metrics[key] for metrics in again], [metrics[key] for metrics in whole]), key
         for rank in range(ranks):
             assert same(state_of(tmp_path, 6, rank), state_of(resumed, 6, rank)), f"rank {rank}"
-    saved = state_of(tmp_path, 6, 0)
-    model = (saved["shared"] | saved["own"])["model"]
+    model = state_of(tmp_path, 6, 0)["model"]
     assert "blocks.1.moe.router.bias" not in model or model["blocks.1.moe.router.bias"].any()
 
 
-def test_experts_that_are_spread_are_saved_by_every_rank(tmp_path):
-    def parts(experts):
+def test_checkpoints_do_not_depend_on_where_experts_are(tmp_path):
+    for experts in ("ep=1", "ep=2"):
         config = language(tmp_path / experts, f"experts={experts}")
-        run_local(lambda: trainer_of(config).save(), ranks=2)
-        return [state_of(tmp_path / experts, 0, rank) for rank in range(2)]
+        run_local(lambda config=config: trainer_of(config).save(), ranks=2)
+    one, two = (state_of(tmp_path / experts, 0, 0)["model"] for experts in ("ep=1", "ep=2"))
+    assert one["blocks.1.moe.experts.up"].any()
+    assert same(one, two)
 
-    first, second = parts("ep=1")
-    assert first["shared"]["model"]
-    assert second["shared"] is None
-    name = "blocks.1.moe.experts.up"
-    halves = [part["own"]["model"][name] for part in parts("ep=2")]
-    assert torch.equal(torch.cat(halves), first["shared"]["model"][name])
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (["mesh=dp=2", "zero=3"], ["mesh=dp=1"]),
+        (["mesh=dp=1"], ["mesh=dp=4", "zero=2", "replicas=2", "experts=ep=2"]),
+        (["mesh=dp=2", "zero=1", "experts=ep=2"], ["mesh=cp=2 tp=2", "experts=ep=2 etp=2", "sequence_parallel=true"]),
+        (["mesh=cp=2 tp=2"], ["mesh=dp=2 tp=2", "zero=3", "recompute=full", "offload=disk"]),
+    ],
+)
+def test_a_run_goes_on_from_any_other_layout(tmp_path, first, then):
+    """As if nothing had been: to rounding, which few steps do not let grow."""
+
+    def metrics(name, *overrides):
+        config = language(tmp_path / name, *BIASED, "steps=4", "save_every=2", "keep=9", *overrides)
+        return run_local(lambda: run(config), ranks=Mesh(config.mesh).world_size)[0]
+
+    whole = metrics("whole", *first)
+    shutil.copytree(tmp_path / "whole/checkpoints/step-00000002", tmp_path / "then/checkpoints/step-00000002")
+    moved = metrics("then", *then, "resume=auto", f"data.root={tmp_path / 'whole/text'}")
+    assert [entry["step"] for entry in moved["curve"]] == [1, 2, 3, 4]
+    for key in ("loss", "gradient_norm"):
+        expected = [entry[key] for entry in whole["curve"]]
+        assert [entry[key] for entry in moved["curve"]] == pytest.approx(expected, rel=2e-4), key
+    assert moved["bits_per_byte"]["LM"] == pytest.approx(whole["bits_per_byte"]["LM"], rel=2e-4)
 
 
 def test_loads_are_plain_counts(tmp_path, monkeypatch):
