@@ -39,9 +39,7 @@ import commlayer
 from commlayer import CommError, Group, Mesh
 from parallel.buckets import Bucket, Slot, make_buckets
 from parallel.placement import recall_marks
-from parallel.replicas import Replicas, check_module
-
-_WRAPPERS: weakref.WeakValueDictionary[int, DataParallel] = weakref.WeakValueDictionary()  # by the id of a parameter
+from parallel.replicas import WRAPPERS, Replicas, check_module
 
 
 class DataParallel(nn.Module):
@@ -118,7 +116,7 @@ class DataParallel(nn.Module):
         self._retire = weakref.finalize(self, lambda: [handle.remove() for handle in handles])
         for bucket in self._buckets:
             for slot in bucket.slots:
-                _WRAPPERS[id(slot.param)] = self
+                WRAPPERS[id(slot.param)] = self
                 hook = _hook(weakref.ref(self), bucket, slot)
                 handles.append(slot.param.register_post_accumulate_grad_hook(hook))
                 if slot.gain != 1:
@@ -197,7 +195,9 @@ class DataParallel(nn.Module):
         """Retire a wrapper of the same parameters, since two that reduce would add up twice."""
         mine = {id(p) for p in reduced.values()}
         for name, p in reduced.items():
-            older = _WRAPPERS.get(id(p))
+            older = WRAPPERS.get(id(p))
+            if older is not None and not isinstance(older, DataParallel):
+                raise ValueError(f"module: {name} is reduced by {type(older).__name__} already; delete that")
             if older is None or not older._retire.alive:
                 continue
             if not {id(slot.param) for bucket in older._buckets for slot in bucket.slots} <= mine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,6 +13,9 @@ import commlayer
 from commlayer import AVG, SUM, Group, Mesh, UnsupportedOperation, premul_sum
 from parallel.buckets import Reduction, packs_of
 from parallel.placement import placement
+
+# Who reduces the gradients of a parameter, by its id.
+WRAPPERS: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
 
 class Replicas:
@@ -136,9 +140,13 @@ class Replicas:
 
 
 def check_module(module: nn.Module, caller: str) -> None:
-    """UnsupportedOperation for gradients that cannot be reduced."""
+    """UnsupportedOperation for what would make ranks differ, or cannot be reduced."""
     for name, child in module.named_modules():
         if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.sparse:
             raise UnsupportedOperation(
                 f"{name or 'module'}: an embedding with sparse=True; {caller} reduces dense gradients"
+            )
+        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None:
+            raise UnsupportedOperation(
+                f"{name or 'module'}: an embedding with max_norm, which changes weights on the rank that looks them up"
             )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import commlayer
 from commlayer import CommError, Group, UnsupportedOperation, Work
 from parallel.placement import mark_stretch
+from parallel.zero.released import hand_out
 
 
 class Kind(NamedTuple):
@@ -103,6 +104,7 @@ class Flat:
             member.piece = nn.Parameter(self.mine(member, self.shard), requires_grad=kind.trained)
             mark_stretch(member.piece, member.param, self.over, bounds)
         # Of gradients
+        self.overlaps = self.over.size == 1 or self.over.explain("reduce_scatter", dtype=self.reduced).native
         self.local: Tensor | None = None
         self.have: set[Member] = set()  # whose gradients are in local
         self.used: set[Member] = set()  # whose were in a reduction since the last delivery
@@ -117,6 +119,18 @@ class Flat:
         """The whole parameter, as long as the vector is there."""
         assert self.full is not None
         return self.full[member.start : member.stop].view(member.shape)
+
+    @torch.no_grad()
+    def take_over(self, member: Member) -> None:
+        """Where the values of the parameter differ from mine, theirs are right; elsewhere mine, which may be finer."""
+        values, place = member.param.data, self.view(member)
+        if values.data_ptr() != place.data_ptr():  # somebody has put another tensor there
+            place.copy_(values)
+            hand_out(member.param, place)
+        low = min(max(self.first, member.start), member.stop) - member.start
+        piece = self.mine(member, self.shard)
+        theirs = place.reshape(-1)[low : low + piece.numel()].to(piece.device)
+        piece.copy_(torch.where(theirs == piece.to(theirs.dtype), piece, theirs.to(piece.dtype)))
 
     @torch.no_grad()
     def store(self, member: Member, values: Tensor) -> None:
@@ -177,6 +191,11 @@ class Flat:
                 f"the gradient of {member.name} has a graph (create_graph=True), which the reduction would "
                 "drop; use torch.autograd.grad for derivatives inside the loss"
             )
+        if self.whole and grad.numel() and member.param.data_ptr() != self.view(member).data_ptr():
+            raise ValueError(
+                f"{member.name} became another tensor ({member.param.dtype} on {member.param.device}) after ZeRO was "
+                f"built for {self.dtype} on {self.device}; convert the module first, change values in gathered()"
+            )
         place = self._buffer()[member.start : member.stop].view(member.shape)
         if member in self.have:
             place.add_(grad)
@@ -185,7 +204,7 @@ class Flat:
             self.have.add(member)
 
     def _buffer(self) -> Tensor:
-        if self.local is None:
+        if self.local is None or (self.flights and not self.have):  # what is on its way stays as it is
             self.local = torch.empty(self.length, dtype=self.reduced, device=self.device)
         elif not self.have:
             # Stage 1 keeps it, and what was delivered may still be a part of it.

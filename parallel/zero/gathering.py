@@ -17,6 +17,7 @@ A unit to which a forward pass goes back from a later one is gathered again, whi
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,8 +53,8 @@ class Unit:
 class _Note:
     """What autograd keeps in place of a view of a gathered vector."""
 
-    def __init__(self, unit: Unit, flat: Flat, view: Tensor) -> None:
-        self.unit, self.flat = unit, flat
+    def __init__(self, unit: Unit, flat: Flat, view: Tensor, age: int) -> None:
+        self.unit, self.flat, self.age = unit, flat, age
         self.place = view.size(), view.stride(), int(view.storage_offset())
         unit.notes += 1
 
@@ -76,26 +77,21 @@ class Gathering:
         self._passed: list[Unit] = []  # on the way back, and not dropped yet
         self._owners: dict[int, tuple[Unit, Flat]] = {}  # of storages
         self.everything = 0  # nested uses of gathered()
-        gradients.opened, gradients.ending = self._turn_round, self._end_backward
-        self._handles = [
-            root.register_forward_pre_hook(lambda *_: self._begin()),
-            root.register_forward_hook(lambda *called: self._end(_failed(called[-1])), always_call=True),
-        ]
+        gradients.opened, gradients.ending = _weakly(self._turn_round), _weakly(self._end_backward)
+        self._before: BaseException | None = None  # what was being handled when the pass began
+        self._age = 0  # how often the shards have changed
+        handles = _around(root, _weakly(self._begin), _weakly(self._end))
         for i, unit in enumerate(self.units):
             unit.index = i
-            self._handles += [
-                unit.module.register_forward_pre_hook(_call(self._enter, unit)),
-                unit.module.register_forward_hook(_call(self._leave, unit), always_call=True),
-            ]
+            handles += _around(unit.module, _weakly(self._enter, unit), _weakly(self._leave, unit))
+        # The modules outlive the wrapper, so their hooks must neither keep it alive nor stay behind.
+        weakref.finalize(self, lambda: [remove() for remove in handles])
         for unit in self.all:
             self._take_back(unit)
 
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
     def drop(self) -> None:
         """The shards have changed: forget what was gathered of them before."""
+        self._age += 1
         for unit in self.all:
             unit.unseen = 0
             self._drop(unit)
@@ -122,19 +118,23 @@ class Gathering:
             return
         if not _in_backward():  # or it is a recomputation of the whole model
             self.gradients.check()
-            self._forward = -1
+            if self._forward is not None:  # Ctrl-C in a pass: torch calls no hooks then
+                self._end_forward(failed=True)
+            self._forward, self._before = -1, sys.exc_info()[1]
             if torch.is_grad_enabled():
                 self._saving = self._hooked()
         if self.root is not None:
             self._enter(self.root)
 
-    def _end(self, failed: bool) -> None:
+    def _end(self) -> None:
         if self.everything:
             return
         if self.root is not None:
             self._leave(self.root)
-        if _in_backward() or self._forward is None:
-            return
+        if not _in_backward() and self._forward is not None:
+            self._end_forward(failed=sys.exc_info()[1] is not self._before)
+
+    def _end_forward(self, failed: bool) -> None:
         if not failed:
             self._walk(len(self.units) - 1)  # with those ranks whose data took them there
         self._forward = None
@@ -265,11 +265,16 @@ class Gathering:
             return x
         unit = owner[0]
         unit.unseen = 0
-        return _Note(*owner, x)
+        return _Note(*owner, x, self._age)
 
     def _unpack(self, kept: Any) -> Any:
         if not isinstance(kept, _Note):
             return kept
+        if kept.age != self._age:
+            raise RuntimeError(
+                f"{kept.flat.members[0].name} or another parameter of its unit, which is needed for this backward, has "
+                "been modified since forward, by a step of the optimizer or a checkpoint"
+            )
         self._reach(kept.unit)
         assert kept.flat.full is not None
         return kept.flat.full.as_strided(*kept.place)
@@ -319,22 +324,47 @@ class Gathering:
 
 
 def _bringer(gathering: Gathering, unit: Unit, member: Member) -> Callable[[Released, Any], None]:
+    alive = weakref.ref(gathering)
+
     def bring(_: Released, function: Any) -> None:
-        gathering.bring(unit, member, function)
+        if (found := alive()) is None:
+            raise UnsupportedOperation(f"{member.name} has no values: they went with the ZeRO that had them in pieces")
+        found.bring(unit, member, function)
 
     return bring
 
 
-def _call(method: Callable[[Unit], None], unit: Unit) -> Callable[..., None]:
-    def hook(*_: Any) -> None:
-        method(unit)
+def _weakly(method: Callable[..., None], *args: Unit) -> Callable[[], None]:
+    """The method, as long as its object is there."""
+    alive = weakref.WeakMethod(method)
 
-    return hook
+    @torch.compiler.disable
+    def call() -> None:
+        if (found := alive()) is not None:
+            found(*args)
+
+    return call
 
 
-def _failed(result: Any) -> bool:
-    """Of a hook that is called always: whether the module raised."""
-    return result is None and sys.exc_info()[0] is not None
+def _around(module: nn.Module, enter: Callable[[], None], leave: Callable[[], None]) -> list[Callable[[], None]]:
+    """Call these before and after the module, which may raise; returns how to undo it."""
+    compiled = module._compiled_call_impl
+    if compiled is None:
+        before = module.register_forward_pre_hook(lambda *_: enter())
+        return [before.remove, module.register_forward_hook(lambda *_: leave(), always_call=True).remove]
+
+    def call(*args: Any, **kwargs: Any) -> Any:  # hooks would be part of the graph
+        enter()
+        try:
+            return compiled(*args, **kwargs)
+        finally:
+            leave()
+
+    def undo() -> None:
+        module._compiled_call_impl = compiled
+
+    module._compiled_call_impl = call
+    return [undo]
 
 
 def _in_backward() -> bool:

@@ -14,14 +14,19 @@ from commlayer import MAX, CommError, Group
 from parallel.zero.flat import Flat, Member
 
 AT_ONCE = 2  # reductions under way: more would keep more gradients of this rank alive
+LATEST = 2  # how many vectors further backward may be when one is reduced
 
 
 class Gradients:
     """Of one wrapped model.
 
-    In stages 1 and 2 a vector is reduced when all its gradients are there and those before it are on their way; the
-    rest at the end of backward. In stage 3 the walk through the units says when (:mod:`parallel.zero.gathering`). At
-    the end one small all_reduce tells what every rank has to know: which parameters were used anywhere, since the
+    In stages 1 and 2 a vector is reduced when all its gradients are there and those before it are on their way; and
+    with whatever is there, when backward has come to the vector after the next: so a rank that lacks a gradient does
+    not keep the others waiting until its end, before which it may wait for them (in an all_to_all). Where the backend
+    emulates the reduction, which may block, all ranks start it at that latter point. In stage 3 the walk through the
+    units says when (:mod:`parallel.zero.gathering`).
+
+    At the end one small all_reduce tells what every rank has to know: which parameters were used anywhere, since the
     others end with no gradient, as in a serial run; and whether on any rank a gradient came after its vector had left,
     so that all of them reduce that once more. So all ranks issue the same collectives, whatever their data did.
 
@@ -37,6 +42,7 @@ class Gradients:
         for flat, group in zip(self.flats, reversed(summed), strict=True):
             self.groups.setdefault(group, []).append(flat)
         self.by_unit = by_unit
+        self._places = {flat: i for i, flat in enumerate(self.flats)}
         self.sync = True
         self.open = False  # between the first sign of a backward and its end
         self.opened: Callable[[], None] = lambda: None
@@ -58,17 +64,19 @@ class Gradients:
         task = torch._C._current_graph_task_id()
         if task == self._task or task == -1:
             return
-        first, self._task = not self.open, task
-        self.open = True
+        if self.open:
+            raise CommError(
+                "ZeRO: a backward within a backward, as re-entrant checkpoints make it; use use_reentrant=False"
+            )
+        self.open, self._task = True, task
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        if first:
-            self.opened()
+        self.opened()
 
     def start(self, flats: Sequence[Flat]) -> None:
         """Send off what is there of them."""
         for flat in flats:
             if self.sync:
-                if len(self._launched) >= AT_ONCE:
+                if flat.settings.stage > 1 and len(self._launched) >= AT_ONCE:
                     self._launched[-AT_ONCE].land()
                 flat.start_reduce()
                 self._launched.append(flat)
@@ -94,14 +102,12 @@ class Gradients:
             return
         missing = self._missing[flat]
         if member not in missing:
-            raise CommError(
-                f"ZeRO: {member.name} got a gradient twice in one backward; the first may be on its way already (a "
-                "parameter shared by re-entrant checkpoints? use use_reentrant=False)"
-            )
+            raise CommError(f"ZeRO: {member.name} got a gradient twice in one backward; the first may be on its way")
         missing.remove(member)
         while len(self._launched) < len(self.flats) and self.sync:
             following = self.flats[len(self._launched)]
-            if self._missing[following]:
+            due = self._places[flat] >= len(self._launched) + LATEST
+            if not due and (self._missing[following] or not following.overlaps):
                 break
             self.start([following])
         # Ask, although nobody needs the answer yet: some backends (MPI) move data only inside their calls.
@@ -109,9 +115,6 @@ class Gradients:
             flying.arrived()
 
     def _finish(self) -> None:
-        """End of backward. Where they nest (re-entrant checkpoints), called once more than there is to do."""
-        if not self.open:
-            return
         self.ending()
         if self.sync:
             if not self.by_unit:

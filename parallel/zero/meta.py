@@ -18,8 +18,7 @@ from parallel.zero.released import Released, hand_out, release
 def leave_meta(module: nn.Module, device: torch.device) -> dict[nn.Parameter, nn.Parameter]:
     """Put parameters and buffers of ``device`` in the place of those on meta; the former by the latter.
 
-    What is floating is NaN, and of parameters one element in memory; other buffers are 0. Raises ValueError where some
-    parameters are on meta and some are not.
+    The parameters are NaN, and have one element in memory. Raises ValueError where some are on meta and some are not.
     """
     where = {p.is_meta: name for name, p in module.named_parameters()}
     if len(where) > 1:
@@ -35,8 +34,8 @@ def leave_meta(module: nn.Module, device: torch.device) -> dict[nn.Parameter, nn
                 owner._parameters[name] = found[p]
         for name, b in owner._buffers.items():
             if b is not None and b.is_meta:
-                value = float("nan") if b.is_floating_point() else 0
-                owner._buffers[name] = torch.full(b.shape, value, dtype=b.dtype, device=device)
+                owner._buffers[name] = renewed = torch.zeros(b.shape, dtype=b.dtype, device=device)
+                renewed._from_meta = True  # type: ignore[attr-defined]
     return found
 
 
@@ -85,9 +84,10 @@ def initialise(
     share((name, p) for name, p in module.named_parameters() if p not in mine)
     if missing := [m.name for flat in flats for m in flat.members if m not in one.filled and m.param.numel()]:
         raise ValueError(f"init: nothing was done with {', '.join(missing)}, which came from the meta device")
-    for name, tensor in (*module.named_buffers(), *((n, p) for n, p in module.named_parameters() if p not in mine)):
-        if tensor.is_floating_point() and tensor.isnan().any():
-            raise ValueError(f"init: {name} came from the meta device, and was left without values")
+    left = [name for name, p in module.named_parameters() if p not in mine and p.isnan().any()]
+    left += [name for name, b in module.named_buffers() if getattr(b, "_from_meta", False) and not b._version]
+    if left:
+        raise ValueError(f"init: {left[0]} came from the meta device, and was left without values")
 
 
 class _OneByOne:

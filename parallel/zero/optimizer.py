@@ -39,7 +39,10 @@ def adopt(optimizer: Optimizer, pieces: Mapping[Any, nn.Parameter], cut: Callabl
             new[key] = state
             continue
         new[pieces[key]] = {
-            name: cut(key, value) if isinstance(value, Tensor) and value.shape == key.shape and value.ndim else value
+            # Of a parameter without dims the shape does not tell what is kept of its element from a count of steps.
+            name: cut(key, value)
+            if isinstance(value, Tensor) and value.shape == key.shape and (value.ndim or name != "step")
+            else value
             for name, value in state.items()
         }
     optimizer.state.clear()
@@ -66,13 +69,11 @@ def check_elementwise(optimizer: Optimizer) -> None:
         flat = start.flatten().to(device, dtype)
         parts = [nn.Parameter(flat[:CUT].clone()), nn.Parameter(flat[CUT:].clone())]
         try:
-            for params in (whole, parts):
-                trial = _alike(optimizer, i, like, params)
+            # Each piece by an optimiser of its own, as on ranks, so that what it sums over all is seen, too.
+            for p, elements in zip((*whole, *parts), (slice(None), slice(None, CUT), slice(CUT, None)), strict=True):
+                trial = _alike(optimizer, i, like, [p])
                 for gradient in gradients:
-                    rows = gradient.to(device, dtype)
-                    given = [rows] if params is whole else [rows.flatten()[:CUT], rows.flatten()[CUT:]]
-                    for p, grad in zip(params, given, strict=True):
-                        p.grad = grad.clone()
+                    p.grad = gradient.flatten()[elements].to(device, dtype).view(p.shape)
                     trial.step()
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             problem = str(error).splitlines()[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from commlayer import Group, Mesh, UnsupportedOperation
 from parallel.placement import placement, recall_marks
-from parallel.replicas import Replicas, check_module
+from parallel.replicas import WRAPPERS, Replicas, check_module
 from parallel.zero.flat import Flat, Settings
 from parallel.zero.gathering import Gathering, Unit
 from parallel.zero.gradients import Gradients
@@ -25,6 +24,7 @@ from parallel.zero.meta import initialise, leave_meta, reset_parameters
 from parallel.zero.offload import DiskState
 from parallel.zero.optimizer import adopt
 from parallel.zero.released import hand_out
+from parallel.zero.steps import Steps
 from parallel.zero.units import divide
 
 OFFLOADS = ("none", "cpu", "disk")
@@ -46,7 +46,8 @@ class ZeRO(nn.Module):
 
     ``optimizer`` is made over the module's parameters, as always, and steps this rank's pieces of them from then on.
     Schedulers, ``GradScaler(mesh)``, ``clip_grad_norm_(model, 1.0, mesh=mesh)`` and ``zero_grad`` go on as they are.
-    ``backward()`` leaves the mean gradient in the pieces, which are what :meth:`named_parameters` yields; that of the
+    ``backward()`` leaves the mean gradient in the pieces: vectors, which are the parameters of this wrapper, under the
+    names that they have in the module (in stage 1 until the next backward, which uses their memory). It is that of the
     loss of :class:`parallel.DataParallel`, whose conditions hold here too.
 
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -63,7 +64,8 @@ class ZeRO(nn.Module):
         units: of stage 3, the submodules whose parameters are gathered together, while they run; by default the entries
             of ModuleLists and Sequentials, and modules beside these.
         dtype: to compute in, such as ``torch.bfloat16``; the optimiser has the weights in at least float32. Inputs of
-            forward are cast, except under autocast, which does so itself.
+            forward are cast, except under autocast, which does so itself; buffers are not. With autocast give it, too:
+            otherwise autocast keeps casts of the weights, in stage 3 of all of them.
         reduce_dtype: of gradients on their way (they are summed, then divided); by default that of the optimiser.
         bucket_mb: of stages 1 and 2, size in MiB of what is reduced at once.
         offload: ``"cpu"``: gradients and state of the optimiser are there, in stage 3 the parameters, too. ``"disk"``:
@@ -77,6 +79,8 @@ class ZeRO(nn.Module):
             element-wise, for one of other parameters; for what cannot be used, by its name.
         UnsupportedOperation: for sparse gradients; in stage 3, for use of a parameter outside of forward and backward.
     """
+
+    module: nn.Module
 
     def __init__(
         self,
@@ -111,11 +115,13 @@ class ZeRO(nn.Module):
         for name, given in (("dtype", dtype), ("reduce_dtype", reduce_dtype)):
             if given is not None and not given.is_floating_point:
                 raise ValueError(f"{name}: expected a floating-point type, got {given}")
-        for name, child in module.named_modules():
-            if isinstance(child, ZeRO):
-                raise ValueError(f"{name or 'module'}: already wrapped in ZeRO")
+        for name, p in module.named_parameters():
+            if (older := WRAPPERS.get(id(p))) is not None:
+                raise ValueError(f"module: {name} is reduced by {type(older).__name__} already; delete that")
         check_module(module, "ZeRO")
-        self.module, self.optimizer, self.stage = module, optimizer, stage
+        # Not as a submodule: whoever asks this one, or one around it, for parameters is to find the pieces alone.
+        object.__setattr__(self, "module", module)
+        self.optimizer, self.stage = optimizer, stage
         self.replicas = Replicas(group, mesh, experts, "ZeRO")
         self.mesh, self.group = mesh, self.replicas.group
         self.dtype, self.sync_buffers, self._bytes = dtype, sync_buffers, int(bucket_mb * 2**20)
@@ -123,8 +129,10 @@ class ZeRO(nn.Module):
         self.replicas.check_marks(module)
         self._renewed = leave_meta(module, self.group.device)
         state = [*module.named_parameters(), *module.named_buffers()]
+        units_of = divide(module, units) if stage == 3 else []
         words = f"stage {stage}, replicas {replicas}, bucket_mb {bucket_mb:g}, {dtype}, {reduce_dtype}, {offload}"
-        self.replicas.check_alike(state, words)
+        parts = [f"a unit of {', '.join(names)}" for _, names in units_of]
+        self.replicas.check_alike(state, words, f"sync_buffers {sync_buffers}", *parts)
         if not self._renewed:
             self.replicas.broadcast(state, self._bytes)
 
@@ -132,14 +140,19 @@ class ZeRO(nn.Module):
         layout = Layout(self.replicas, replicas, settings)
         divided: list[tuple[nn.Module, list[Flat]]] = []
         if stage == 3:
-            divided = layout.by_unit(divide(module, units))
+            divided = layout.by_unit(units_of)
             self.flats = [flat for _, flats in divided for flat in flats]
         else:
-            trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-            self.flats = layout.by_size(trained, self._bytes)
+            # Frozen ones stay as they are, but for their dtype.
+            kept = {n: p for n, p in module.named_parameters() if p.requires_grad or (dtype and p.is_floating_point())}
+            self.flats = layout.by_size(kept, self._bytes)
         self._fill(init)
         self._frozen = [p for p in module.parameters() if not p.requires_grad]
         self._members = {member.param: member for flat in self.flats for member in flat.members}
+        for name, p in module.named_parameters():
+            member = self._members.get(p)
+            self._parameters[name] = p if member is None else member.piece
+            WRAPPERS[id(p)] = self
         self._adopt()
 
         taught = [flat for flat in self.flats if flat.kind.trained]
@@ -148,8 +161,9 @@ class ZeRO(nn.Module):
         self._gathering: Gathering | None = None
         if stage == 3:
             self._gathering = Gathering(module, [Unit(owner, flats) for owner, flats in divided], self._gradients)
-        self._disk = DiskState(optimizer, taught, Path(folder)) if folder is not None else None
-        self._follow_optimizer()
+        disk = DiskState(optimizer, taught, Path(folder)) if folder is not None else None
+        whole = [flat for flat in self.flats if flat.whole]
+        self._steps = Steps(optimizer, [*self.parameters()], whole, self._gradients, disk, self._stepped)
 
     # Construction ------------------------------------------------------------------------------------------
 
@@ -168,7 +182,7 @@ class ZeRO(nn.Module):
 
     def _adopt(self) -> None:
         pieces = {p: member.piece for p, member in self._members.items()}
-        pieces |= {p: p for p in self._frozen if p not in pieces}
+        pieces |= {p: p for p in self._frozen if p not in pieces}  # which optimisers pass over
         pieces |= {old: pieces[new] for old, new in self._renewed.items()}
         adopt(self.optimizer, pieces, self._piece_of)
 
@@ -178,29 +192,6 @@ class ZeRO(nn.Module):
         cut = placement(piece).stretch
         assert cut is not None
         return values.reshape(-1)[cut.start : cut.stop].to(piece.device, piece.dtype, copy=True)
-
-    def _follow_optimizer(self) -> None:
-        """Its steps, and its zero_grad, which is to forget what was not reduced, too."""
-        me = weakref.ref(self)
-
-        def before(*_: Any) -> None:
-            if (alive := me()) is not None and alive._disk is not None:
-                alive._disk.step()
-
-        def after(*_: Any) -> None:
-            if (alive := me()) is not None:
-                alive.refresh()
-
-        zero_grad, gradients = self.optimizer.zero_grad, weakref.ref(self._gradients)
-
-        def forgetting(set_to_none: bool = True) -> None:
-            zero_grad(set_to_none)
-            if (alive := gradients()) is not None:
-                alive.forget()
-
-        self.optimizer.register_step_pre_hook(before)
-        self.optimizer.register_step_post_hook(after)
-        self.optimizer.zero_grad = forgetting  # type: ignore[method-assign]
 
     # Use ---------------------------------------------------------------------------------------------------
 
@@ -237,40 +228,42 @@ class ZeRO(nn.Module):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Inside, the parameters of the wrapped module are whole, and may be changed, on all ranks alike. Collective.
-
-        Those that were changed in place are taken over at the end.
-        """
+        """Inside, the module's parameters are whole, and may be changed, alike on all ranks. Collective."""
         with self._gathering.gathered() if self._gathering is not None else nullcontext():
-            before = {p: p._version for p in self._members}
             yield
             for flat in self.flats:
                 for member in flat.members:
-                    if member.param._version != before[member.param]:
-                        flat.store(member, member.param.data)
+                    flat.take_over(member)
+        self._steps.note()
 
     def refresh(self) -> None:
         """Take over pieces that have changed; ``optimizer.step()`` does so itself. Collective."""
+        self._publish(self.flats)
+
+    def _stepped(self) -> None:
+        self._publish([flat for flat in self.flats if flat.kind.trained])
+
+    def _publish(self, flats: Sequence[Flat]) -> None:
         if self._gathering is not None:
             self._gathering.drop()
             return
-        for flat in self.flats:
+        for flat in flats:
             flat.start_publishing()
-        for flat in self.flats:
+        for flat in flats:
             flat.finish_gather()
-        if self._disk is not None:
-            self._disk.forget()
+        self._steps.note()
+        if self._steps.disk is not None:
+            self._steps.disk.forget()
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's pieces: vectors, under the names that the parameters have in the wrapped module, tied ones once.
+    def train(self, mode: bool = True) -> ZeRO:
+        self.module.train(mode)
+        return super().train(mode)
 
-        Parameters that are not cut (in stages 1 and 2 the frozen ones) as they are.
-        """
-        for name, p in self.module.named_parameters(prefix):
-            member = self._members.get(p)
-            yield name, p if member is None else member.piece
+    def requires_grad_(self, requires_grad: bool = True) -> ZeRO:
+        raise UnsupportedOperation("ZeRO: what is trained is settled when it is built; call requires_grad_ before that")
+
+    def extra_repr(self) -> str:
+        return f"stage={self.stage}, {self.module!r}"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
