@@ -44,6 +44,7 @@ BATCHED = frozenset({"nccl", "xccl", "ccl"})
 
 
 UNLIMITED = timedelta(days=1)  # for the process groups: deadlines are the layer's own
+LARGE = 1 << 18  # bytes from which on bandwidth decides, and not latency
 STUCK = 2.0  # seconds for the worker threads of a broken group to end
 POISON_TAG = (1 << 31) - 1
 
@@ -139,12 +140,22 @@ class TorchCommunicator(Communicator):
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work:
         options = self._options(c10d.AllgatherOptions)
+        if counts is None and self.name == "gloo" and x.nbytes >= LARGE:
+            # Gloo gathers into memory of its own, and copies it from there.
+            places = out.view(self.size, -1)
+            places[self.rank].copy_(x)
+            return gather_works([self.broadcast(place, src) for src, place in enumerate(places)])
         if counts is None:
             return self._start("all_gather", self.group._allgather_base, plain(out), x, options)
         rows = [plain(row) for row in pieces(out, counts, self.size)]
         return self._start("all_gather", self.group.allgather, [rows], [x], options)
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work:
+        if counts is None and self.name == "gloo" and op.name == "sum" and x.is_floating_point() and x.nbytes >= LARGE:
+            # Gloo reduces all of it on every rank.
+            received = torch.empty_like(x)
+            exchange = self.all_to_all(received, x, None, None)
+            return exchange.then(lambda: torch.sum(received.view(self.size, -1), 0, out=out))
         options = self._options(c10d.ReduceScatterOptions, reduceOp=self._operation(op))
         if self.name == "gloo":
             # An all_reduce does it there, and a wait for it passes no limit on: that one's own must be right.

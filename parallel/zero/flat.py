@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,7 @@ class Flat:
         self.have: set[Member] = set()  # whose gradients are in local
         self.used: set[Member] = set()  # whose were in a reduction since the last delivery
         self.flights: list[_Flight] = []
+        self._streams: set[Any] = set()  # on which they came
 
     def mine(self, member: Member, chunk: Tensor) -> Tensor:
         """Of a vector like my chunk, the elements of ``member``."""
@@ -121,8 +122,11 @@ class Flat:
         return self.full[member.start : member.stop].view(member.shape)
 
     @torch.no_grad()
-    def take_over(self, member: Member) -> None:
-        """Where the values of the parameter differ from mine, theirs are right; elsewhere mine, which may be finer."""
+    def take_over(self, member: Member) -> bool:
+        """Where the values of the parameter differ from mine, theirs are right; elsewhere mine, which may be finer.
+
+        Returns whether any did, or might have.
+        """
         values, place = member.param.data, self.view(member)
         if values.data_ptr() != place.data_ptr():  # somebody has put another tensor there
             place.copy_(values)
@@ -130,7 +134,11 @@ class Flat:
         low = min(max(self.first, member.start), member.stop) - member.start
         piece = self.mine(member, self.shard)
         theirs = place.reshape(-1)[low : low + piece.numel()].to(piece.device)
-        piece.copy_(torch.where(theirs == piece.to(theirs.dtype), piece, theirs.to(piece.dtype)))
+        if theirs.data_ptr() == piece.data_ptr():
+            return True
+        same = theirs == piece.to(theirs.dtype)
+        piece.copy_(torch.where(same, piece, theirs.to(piece.dtype)))
+        return not bool(same.all())
 
     @torch.no_grad()
     def store(self, member: Member, values: Tensor) -> None:
@@ -170,17 +178,18 @@ class Flat:
     def start_publishing(self) -> None:
         """Where the whole vector is always there: after the shards have changed, put it together anew."""
         assert self.full is not None
-        mine = self.full[self.first : self.first + self.chunk]
-        if self.separate:
-            mine.copy_(self.shard)
         if self.over.size > 1:
+            # A copy, if it has to be: what is sent may not be a part of what is received.
+            mine = self.shard.to(self.device, self.dtype) if self.separate else self.shard.clone()
             self.gathering = commlayer.all_gather(mine, group=self.over, out=self.full, async_op=True)
+        elif self.separate:
+            self.full.copy_(self.shard)
 
     # Gradients ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def add(self, member: Member) -> None:
-        """Take the gradient that backward has left in the parameter."""
+    def add(self, member: Member, *, more: bool) -> None:
+        """Take the gradient that backward has left in the parameter; ``more``: others will be added to it."""
         grad, member.param.grad = member.param.grad, None
         if grad is None:  # backward can come to a parameter with nothing
             return
@@ -196,16 +205,20 @@ class Flat:
                 f"{member.name} became another tensor ({member.param.dtype} on {member.param.device}) after ZeRO was "
                 f"built for {self.dtype} on {self.device}; convert the module first, change values in gathered()"
             )
-        place = self._buffer()[member.start : member.stop].view(member.shape)
+        if self.device.type != "cpu":
+            self._streams.add(torch.accelerator.current_stream(self.device))
+        place = self._buffer(self.master if more else self.reduced)[member.start : member.stop].view(member.shape)
         if member in self.have:
             place.add_(grad)
         else:
             place.copy_(grad)
             self.have.add(member)
 
-    def _buffer(self) -> Tensor:
-        if self.local is None or (self.flights and not self.have):  # what is on its way stays as it is
-            self.local = torch.empty(self.length, dtype=self.reduced, device=self.device)
+    def _buffer(self, dtype: torch.dtype) -> Tensor:
+        """Where gradients are added up, in ``dtype`` unless some are there already."""
+        # What is on its way stays as it is.
+        if self.local is None or (not self.have and (self.flights or self.local.dtype != dtype)):
+            self.local = torch.empty(self.length, dtype=dtype, device=self.device)
         elif not self.have:
             # Stage 1 keeps it, and what was delivered may still be a part of it.
             for member in self.members:
@@ -217,7 +230,12 @@ class Flat:
     @torch.no_grad()
     def start_reduce(self) -> None:
         """Send off the gradients of this rank, zeros where it has none."""
-        local = self._buffer()
+        if self._streams:  # gradients may come from several, and the reduction follows the current one only
+            current = torch.accelerator.current_stream(self.device)
+            for stream in self._streams - {current}:
+                current.wait_stream(stream)
+            self._streams.clear()
+        local = self._buffer(self.reduced)
         for member in self.members:
             if member not in self.have:
                 local[member.start : member.stop].zero_()
@@ -226,14 +244,15 @@ class Flat:
             local.mul_(1 / self.settings.divisor)
         self.used |= self.have
         self.have = set()
-        if self.settings.stage > 1:
+        if self.settings.stage > 1 or local.dtype != self.reduced:
             self.local = None
+        local = local.to(self.reduced)
         if self.over.size == 1:
             self.flights.append(_Flight(local, None))
             return
         chunk = local[self.first : self.first + self.chunk]
         # In place only where it stays: a view would keep the whole vector.
-        out = chunk if self.settings.stage == 1 else torch.empty_like(chunk)
+        out = torch.empty_like(chunk) if self.local is None else chunk
         work = commlayer.reduce_scatter(local, group=self.over, out=out, async_op=True)
         self.flights.append(_Flight(out, work))
 
@@ -244,6 +263,9 @@ class Flat:
         """Wait for what is under way."""
         for flight in self.flights:
             flight.land()
+        grown = any(member.piece.grad is not None for member in self.members)
+        if grown and self.kind.across.size == 1 and len(self.used) == len(self.members):
+            self._add_up([True] * len(self.members))  # nothing is left to be heard of other ranks
 
     @torch.no_grad()
     def start_across(self) -> None:
@@ -256,6 +278,11 @@ class Flat:
     @torch.no_grad()
     def deliver(self, used: Sequence[bool]) -> None:
         """Add the mean to the gradients of my pieces; ``used``: of which members any rank has a gradient."""
+        self._add_up(used)
+        self.used = set()
+
+    @torch.no_grad()
+    def _add_up(self, used: Sequence[bool]) -> None:
         scale = 1.0 if self.reduced == torch.float16 else 1 / self.settings.divisor
         for flight in self.flights:
             flight.land()
@@ -271,7 +298,6 @@ class Flat:
                 else:
                     member.piece.grad.add_(part)
         self.flights.clear()
-        self.used = set()
 
     def forget(self) -> None:
         """The gradients of this rank that were not reduced yet."""

@@ -20,6 +20,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 
 import commlayer
 from commlayer import CommError, UnsupportedOperation
-from parallel.zero.flat import Flat, Member
+from parallel.notes import unseen
+from parallel.zero.flat import Flat
 from parallel.zero.gradients import Gradients
 from parallel.zero.released import Released, hand_out, release
 
@@ -86,12 +88,14 @@ class Gathering:
             handles += _around(unit.module, _weakly(self._enter, unit), _weakly(self._leave, unit))
         # The modules outlive the wrapper, so their hooks must neither keep it alive nor stay behind.
         weakref.finalize(self, lambda: [remove() for remove in handles])
+        self._places = {id(member.param): (unit, member) for unit in self.all for _, member in unit.members}
+        self._bring = _bringer(weakref.ref(self))
         for unit in self.all:
             self._take_back(unit)
 
-    def drop(self) -> None:
-        """The shards have changed: forget what was gathered of them before."""
-        self._age += 1
+    def drop(self, *, changed: bool = True) -> None:
+        """Forget what was gathered of the shards, before they have ``changed``."""
+        self._age += changed
         for unit in self.all:
             unit.unseen = 0
             self._drop(unit)
@@ -109,7 +113,7 @@ class Gathering:
             yield
         finally:
             self.everything -= 1
-            self.drop()
+            self.drop(changed=False)
 
     # Forward -----------------------------------------------------------------------------------------------
 
@@ -120,6 +124,8 @@ class Gathering:
             self.gradients.check()
             if self._forward is not None:  # Ctrl-C in a pass: torch calls no hooks then
                 self._end_forward(failed=True)
+            for unit in self.all:  # or in a module outside of one
+                self._close(unit)
             self._forward, self._before = -1, sys.exc_info()[1]
             if torch.is_grad_enabled():
                 self._saving = self._hooked()
@@ -173,16 +179,21 @@ class Gathering:
         unit.users -= 1
         if unit.users:
             return
-        self._take_back(unit)
-        if unit.saving is not None:
-            unit.saving.__exit__(None, None, None)
-            unit.saving = None
+        self._close(unit)
         if _in_backward():
             unit.unseen -= 1
         elif self._forward is None:
             self._drop(unit)
         elif unit is not self.root:
             self._used.append(unit)  # and perhaps it is called again at once
+
+    def _close(self, unit: Unit) -> None:
+        unit.users = 0
+        if unit.out:
+            self._take_back(unit)
+        if unit.saving is not None:
+            unit.saving.__exit__(None, None, None)
+            unit.saving = None
 
     def _reach(self, unit: Unit) -> None:
         if _in_backward():
@@ -309,10 +320,11 @@ class Gathering:
     def _take_back(self, unit: Unit) -> None:
         unit.out = False
         for flat, member in unit.members:
-            release(member.param, flat.dtype, flat.device, _bringer(self, unit, member))
+            release(member.param, flat.dtype, flat.device, self._bring)
 
-    def bring(self, unit: Unit, member: Member, function: Any) -> None:
+    def bring(self, param: Released, function: Any) -> None:
         """Something computes with a parameter outside of its module."""
+        unit, member = self._places[id(param)]
         if self._forward is None and not _in_backward():
             name = getattr(function, "__name__", function)
             raise UnsupportedOperation(
@@ -323,13 +335,11 @@ class Gathering:
         self._hand_out(unit)
 
 
-def _bringer(gathering: Gathering, unit: Unit, member: Member) -> Callable[[Released, Any], None]:
-    alive = weakref.ref(gathering)
-
-    def bring(_: Released, function: Any) -> None:
-        if (found := alive()) is None:
-            raise UnsupportedOperation(f"{member.name} has no values: they went with the ZeRO that had them in pieces")
-        found.bring(unit, member, function)
+def _bringer(gathering: weakref.ref[Gathering]) -> Callable[[Released, Any], None]:
+    def bring(param: Released, function: Any) -> None:
+        if (alive := gathering()) is None:
+            raise UnsupportedOperation(f"{param!r} has no values: they went with the ZeRO that had them in pieces")
+        alive.bring(param, function)
 
     return bring
 
@@ -341,7 +351,7 @@ def _weakly(method: Callable[..., None], *args: Unit) -> Callable[[], None]:
     @torch.compiler.disable
     def call() -> None:
         if (found := alive()) is not None:
-            found(*args)
+            unseen(partial(found, *args))  # by checkpoints that keep products
 
     return call
 

@@ -13,7 +13,6 @@ import commlayer
 from commlayer import MAX, CommError, Group
 from parallel.zero.flat import Flat, Member
 
-AT_ONCE = 2  # reductions under way: more would keep more gradients of this rank alive
 LATEST = 2  # how many vectors further backward may be when one is reduced
 
 
@@ -21,10 +20,10 @@ class Gradients:
     """Of one wrapped model.
 
     In stages 1 and 2 a vector is reduced when all its gradients are there and those before it are on their way; and
-    with whatever is there, when backward has come to the vector after the next: so a rank that lacks a gradient does
-    not keep the others waiting until its end, before which it may wait for them (in an all_to_all). Where the backend
-    emulates the reduction, which may block, all ranks start it at that latter point. In stage 3 the walk through the
-    units says when (:mod:`parallel.zero.gathering`).
+    with whatever is there, when the vector after the next, or a later one, is complete: so a rank that lacks a gradient
+    does not keep the others waiting until its end, before which it may wait for them (in an all_to_all). Where the
+    backend emulates the reduction, which may block, all ranks start it at that latter point. In stage 3 the walk
+    through the units says when (:mod:`parallel.zero.gathering`).
 
     At the end one small all_reduce tells what every rank has to know: which parameters were used anywhere, since the
     others end with no gradient, as in a serial run; and whether on any rank a gradient came after its vector had left,
@@ -42,6 +41,7 @@ class Gradients:
         for flat, group in zip(self.flats, reversed(summed), strict=True):
             self.groups.setdefault(group, []).append(flat)
         self.by_unit = by_unit
+        self._at_once = 1 if by_unit else 2  # reductions under way: more would keep more gradients of this rank alive
         self._places = {flat: i for i, flat in enumerate(self.flats)}
         self.sync = True
         self.open = False  # between the first sign of a backward and its end
@@ -76,8 +76,8 @@ class Gradients:
         """Send off what is there of them."""
         for flat in flats:
             if self.sync:
-                if flat.settings.stage > 1 and len(self._launched) >= AT_ONCE:
-                    self._launched[-AT_ONCE].land()
+                if flat.settings.stage > 1 and len(self._launched) >= self._at_once:
+                    self._launched[-self._at_once].land()
                 flat.start_reduce()
                 self._launched.append(flat)
 
@@ -97,7 +97,7 @@ class Gradients:
     def ready(self, flat: Flat, member: Member) -> None:
         """Backward has come to a parameter."""
         self.begin()
-        flat.add(member)
+        flat.add(member, more=not self.sync)
         if self.by_unit:
             return
         missing = self._missing[flat]
@@ -106,12 +106,12 @@ class Gradients:
         missing.remove(member)
         while len(self._launched) < len(self.flats) and self.sync:
             following = self.flats[len(self._launched)]
-            due = self._places[flat] >= len(self._launched) + LATEST
+            due = not missing and self._places[flat] >= len(self._launched) + LATEST
             if not due and (self._missing[following] or not following.overlaps):
                 break
             self.start([following])
         # Ask, although nobody needs the answer yet: some backends (MPI) move data only inside their calls.
-        for flying in self._launched[-AT_ONCE:]:
+        for flying in self._launched[-self._at_once :]:
             flying.arrived()
 
     def _finish(self) -> None:

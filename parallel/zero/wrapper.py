@@ -46,9 +46,11 @@ class ZeRO(nn.Module):
 
     ``optimizer`` is made over the module's parameters, as always, and steps this rank's pieces of them from then on.
     Schedulers, ``GradScaler(mesh)``, ``clip_grad_norm_(model, 1.0, mesh=mesh)`` and ``zero_grad`` go on as they are.
-    ``backward()`` leaves the mean gradient in the pieces: vectors, which are the parameters of this wrapper, under the
-    names that they have in the module (in stage 1 until the next backward, which uses their memory). It is that of the
+    ``backward()`` leaves the mean gradient in the pieces (in stage 1 until the next one, which uses its memory), of the
     loss of :class:`parallel.DataParallel`, whose conditions hold here too.
+
+    The parameters of this wrapper, and of modules around it, are the pieces: vectors, under the names that they have in
+    ``module``. That is not a submodule, so look for layers in ``model.module.modules()``.
 
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> model = ZeRO(model, optimizer, stage=3, mesh=mesh)
@@ -66,7 +68,8 @@ class ZeRO(nn.Module):
         dtype: to compute in, such as ``torch.bfloat16``; the optimiser has the weights in at least float32. Inputs of
             forward are cast, except under autocast, which does so itself; buffers are not. With autocast give it, too:
             otherwise autocast keeps casts of the weights, in stage 3 of all of them.
-        reduce_dtype: of gradients on their way (they are summed, then divided); by default that of the optimiser.
+        reduce_dtype: of gradients on their way (they are summed, then divided); by default that of the optimiser, in
+            which those of several passes are added up before.
         bucket_mb: of stages 1 and 2, size in MiB of what is reduced at once.
         offload: ``"cpu"``: gradients and state of the optimiser are there, in stage 3 the parameters, too. ``"disk"``:
             and the state in files that are mapped into memory.
@@ -95,7 +98,7 @@ class ZeRO(nn.Module):
         units: Sequence[nn.Module] | None = None,
         dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
-        bucket_mb: float = 25.0,
+        bucket_mb: float = 8.0,
         offload: str = "none",
         folder: str | Path | None = None,
         init: Callable[[nn.Module], object] | None = None,
@@ -231,10 +234,9 @@ class ZeRO(nn.Module):
         """Inside, the module's parameters are whole, and may be changed, alike on all ranks. Collective."""
         with self._gathering.gathered() if self._gathering is not None else nullcontext():
             yield
-            for flat in self.flats:
-                for member in flat.members:
-                    flat.take_over(member)
-        self._steps.note()
+            changed = [flat.take_over(member) for flat in self.flats for member in flat.members]
+        if any(changed):
+            self._changed()
 
     def refresh(self) -> None:
         """Take over pieces that have changed; ``optimizer.step()`` does so itself. Collective."""
@@ -244,13 +246,18 @@ class ZeRO(nn.Module):
         self._publish([flat for flat in self.flats if flat.kind.trained])
 
     def _publish(self, flats: Sequence[Flat]) -> None:
+        for i, flat in enumerate(flats if self.stage < 3 else ()):
+            flat.start_publishing()
+            if i:
+                flats[i - 1].finish_gather()  # one after the other: each needs memory for my part
+        if flats and self.stage < 3:
+            flats[-1].finish_gather()
+        self._changed()
+
+    def _changed(self) -> None:
+        """The parameters have other values now than a graph may have seen."""
         if self._gathering is not None:
             self._gathering.drop()
-            return
-        for flat in flats:
-            flat.start_publishing()
-        for flat in flats:
-            flat.finish_gather()
         self._steps.note()
         if self._steps.disk is not None:
             self._steps.disk.forget()
@@ -258,6 +265,12 @@ class ZeRO(nn.Module):
     def train(self, mode: bool = True) -> ZeRO:
         self.module.train(mode)
         return super().train(mode)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Those of the wrapped module, under its names."""
+        return self.module.named_buffers(prefix, recurse, remove_duplicate)
 
     def requires_grad_(self, requires_grad: bool = True) -> ZeRO:
         raise UnsupportedOperation("ZeRO: what is trained is settled when it is built; call requires_grad_ before that")

@@ -15,8 +15,8 @@ from commlayer.launch import discover
 # Which emulations the parallel modules are run with: what they ask of the layer is in the other files, with all.
 ON_PARALLEL = ("xccl-2.7", "only-send-recv")
 PARALLEL = (
-    *("test_attention", "test_moe", "test_rng_clip_amp", "test_tensor", "test_torch_backend", "test_train"),
-    "test_vit",
+    *("test_attention", "test_moe", "test_reloading", "test_rng_clip_amp", "test_tensor", "test_torch_backend"),
+    *("test_train", "test_vit", "test_zero"),
 )
 
 
