@@ -339,7 +339,7 @@ def _bringer(gathering: weakref.ref[Gathering]) -> Callable[[Released, Any], Non
     def bring(param: Released, function: Any) -> None:
         if (alive := gathering()) is None:
             raise UnsupportedOperation(f"{param!r} has no values: they went with the ZeRO that had them in pieces")
-        alive.bring(param, function)
+        unseen(partial(alive.bring, param, function))
 
     return bring
 
