@@ -36,6 +36,11 @@ class Held:
     pieces: list[tuple[Box, Tensor]]
     alike: bool = False
 
+    @property
+    def nbytes(self) -> int:
+        """On this rank."""
+        return sum(values.nbytes for _, values in self.pieces)
+
 
 @dataclass
 class Content:
@@ -147,6 +152,15 @@ def _state(name: str, key: str, value: Tensor, param: Tensor) -> Held:
 
 def is_cut(param: Tensor) -> bool:
     return placement(param).stretch is not None or full_shape(param) != list(param.shape)
+
+
+def kind(dtype: torch.dtype) -> str:
+    """Values of one kind are converted to another dtype of it, and to no other."""
+    if dtype.is_floating_point:
+        return "real"
+    if dtype.is_complex:
+        return "complex"
+    return "bool" if dtype == torch.bool else "int"
 
 
 def names_in(model: nn.Module, optimizer: Optimizer) -> dict[nn.Parameter, str]:

@@ -24,7 +24,8 @@ from parallel.placement import gather_full
 def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     """On rank 0 of the world the whole model on the CPU, as the plain module's ``state_dict()``; None elsewhere.
 
-    Collective. Tied parameters are under all their names, as one tensor.
+    Collective. Tied parameters are under all their names, as one tensor. Values have the dtype in which they are
+    trained: of ZeRO that of the master weights, float32 also where it computes in a smaller one.
     """
     first = ranks_of(None).rank == 0
     found: dict[str, Tensor] = {}
@@ -43,7 +44,8 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put a whole model, such as the plain module's ``state_dict()``, into ``model``: each rank takes its part.
 
     Collective. Every rank passes the same. Of tied parameters one name is enough. Raises ValueError on all ranks,
-    before anything is changed, for a name that is missing or too much, and for another shape.
+    before anything is changed, for a name that is missing or too much, for another shape, for values of another kind
+    (complex ones for a real parameter), and where names that are tied here have different values.
     """
     _put(model, {name: tuple(t.shape) for name, t in state.items()}, lambda name, box: state[name][box.slices])
 
@@ -52,7 +54,9 @@ def export_safetensors(model: nn.Module, path: Path | str) -> None:
     """Write the whole model to a file that ``safetensors.torch.load_file`` reads for the plain module. Collective.
 
     Tied parameters are written under each of their names, since the file cannot say that they are one; so
-    ``load_state_dict`` finds all that it looks for. Raises OSError on all ranks where rank 0 cannot write.
+    ``load_state_dict`` finds all that it looks for. Dtypes as of :func:`full_state_dict`.
+
+    Raises OSError on all ranks where rank 0 cannot write.
     """
     group, problem = ranks_of(None), None
     if (state := full_state_dict(model)) is not None:
@@ -114,14 +118,16 @@ def _put(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], read: Callable
     def sources() -> dict[str, Held]:
         found, known = {}, set()
         for name, held in places.items():
-            names = [name, *other_names[name]]
+            names = [n for n in (name, *other_names[name]) if n in shapes]
             known.update(names)
-            source = next((n for n in names if n in shapes), None)
-            if source is None:
+            if not names:
                 raise ValueError(f"{name}: missing")
-            if tuple(shapes[source]) != held.shape:
-                raise ValueError(f"{name}: {list(held.shape)} here, but {list(shapes[source])} there")
-            found[source] = held
+            for source in names:
+                _check_fits(source, held, shapes[source], read)
+            for other in names[1:]:
+                if any(not _same(read(names[0], box), read(other, box)) for box, _ in held.pieces):
+                    raise ValueError(f"{names[0]} and {other} are one parameter here, but have different values there")
+            found[names[0]] = held
         if more := sorted(shapes.keys() - known):
             raise ValueError(f"{more[0]}: there is no place for it here")
         return found
@@ -131,6 +137,19 @@ def _put(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], read: Callable
             values.copy_(read(source, box))
     if content.is_zero(model):
         model.refresh()  # type: ignore[operator]
+
+
+def _check_fits(name: str, held: Held, shape: tuple[int, ...], read: Callable[[str, Box], Tensor]) -> None:
+    if tuple(shape) != held.shape:
+        raise ValueError(f"{name}: {list(held.shape)} here, but {list(shape)} there")
+    no_elements = (0,) * len(shape)
+    if content.kind(dtype := read(name, Box(no_elements, no_elements)).dtype) != content.kind(held.dtype):
+        raise ValueError(f"{name}: {held.dtype} here, but {dtype} there")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Also where both are no number."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _write(state: Mapping[str, Tensor], path: Path) -> None:

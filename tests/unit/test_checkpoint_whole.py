@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import commlayer
 from commlayer import Mesh, run_local
 from parallel import ColumnParallelLinear, DataParallel, RowParallelLinear, checkpoint
 from parallel.placement import gather_full
@@ -141,10 +142,20 @@ def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path):
             {name: value for name, value in state.items() if name != "norm.weight"},
             {**state, "more": torch.ones(2)},
             {**state, "up.weight": torch.ones(8, 4)},
+            {**state, "up.weight": torch.ones(7, 4, dtype=torch.complex64)},
+            {**state, "norm.num_batches_tracked": torch.tensor(1.5)},
+            {**state, "last.weight": state["first.weight"] + 1},
         ):
             with pytest.raises(ValueError) as caught:  # noqa: PT011
                 checkpoint.load_full_state_dict(model, wrong)
             texts.append(str(caught.value))
+            commlayer.barrier()
+            if commlayer.world().rank == 0:
+                save_file({name: value.clone() for name, value in wrong.items()}, path)
+            commlayer.barrier()
+            with pytest.raises(ValueError) as caught:  # noqa: PT011
+                checkpoint.import_safetensors(model, path)
+            assert str(caught.value) == texts[-1]
         same(dict(model.module.named_parameters()), before)
         return texts
 
@@ -152,6 +163,9 @@ def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path):
         "norm.weight: missing",
         "more: there is no place for it here",
         "up.weight: [7, 4] here, but [8, 4] there",
+        "up.weight: torch.float32 here, but torch.complex64 there",
+        "norm.num_batches_tracked: torch.int64 here, but torch.float32 there",
+        "first.weight and last.weight are one parameter here, but have different values there",
     ]
     assert run_local(rank, ranks=2) == [expected_texts] * 2
     path.write_bytes(b"no such file")
@@ -159,6 +173,14 @@ def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path):
         checkpoint.import_safetensors(Plain(), path)
     with pytest.raises(OSError, match="was not written"):
         checkpoint.export_safetensors(Plain(), tmp_path / "nowhere/model.safetensors")
+
+
+def test_a_tied_weight_of_no_numbers_is_tied_all_the_same():
+    state = {name: value * torch.nan for name, value in Plain().state_dict().items()}
+    state["norm.num_batches_tracked"] = torch.tensor(3)
+    model = Plain()
+    checkpoint.load_full_state_dict(model, state)
+    assert model.last.weight.isnan().all()
 
 
 def test_plain_torch_reads_a_checkpoint(tmp_path):
