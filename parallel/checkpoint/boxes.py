@@ -50,6 +50,24 @@ def stretch_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     return [*within(first - 1, start, first * row), *whole, *within(last, last * row, stop)]
 
 
+def divided(box: Box, most: int) -> list[Box]:
+    """``box`` in boxes of at most ``most`` elements, cut along its first dims, in the order of its elements."""
+    if box.numel <= most:
+        return [box]
+    row, size = box.numel // box.sizes[0], box.sizes[0]
+    if row > most:
+        rest = Box(box.offsets[1:], box.sizes[1:])
+        return [
+            Box((box.offsets[0] + index, *part.offsets), (1, *part.sizes))
+            for index in range(size)
+            for part in divided(rest, most)
+        ]
+    return [
+        Box((box.offsets[0] + at, *box.offsets[1:]), (min(most // row, size - at), *box.sizes[1:]))
+        for at in range(0, size, most // row)
+    ]
+
+
 def without(box: Box, others: Sequence[Box]) -> list[Box]:
     """What is left of ``box``, in boxes."""
     left = [box] if box.numel else []

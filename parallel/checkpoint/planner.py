@@ -33,8 +33,11 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from parallel.checkpoint.boxes import Box, check_cover, overlap, within, without
+from parallel.checkpoint.boxes import Box, check_cover, divided, overlap, within, without
 from parallel.checkpoint.content import Held, Path, key_of
+
+# Bytes that are written as one: a reader reads all of them, whatever it needs of them.
+CHUNK = 64 * 2**20
 
 
 class Writer(SavePlanner):
@@ -51,7 +54,8 @@ class Writer(SavePlanner):
         """All that this rank holds, and what the tensors are of which it may hold nothing."""
         items = []
         for path, held in self.tensors.items():
-            for box, _ in held.pieces:
+            most = max(1, CHUNK // held.dtype.itemsize)
+            for box in (part for piece, _ in held.pieces for part in divided(piece, most)):
                 chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
                 data = TensorWriteData(chunk, TensorProperties(dtype=held.dtype), torch.Size(held.shape))
                 kind = WriteItemType.TENSOR if held.alike else WriteItemType.SHARD

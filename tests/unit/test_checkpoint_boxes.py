@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.checkpoint.boxes import Box, check_cover, stretch_boxes, within, without
+from parallel.checkpoint.boxes import Box, check_cover, divided, stretch_boxes, within, without
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
@@ -66,6 +66,18 @@ def test_what_is_left_of_a_box(shape, data):
         assert within(left, box)
         count[left.slices] -= 1
     assert not count.any()
+
+
+@settings(max_examples=200, deadline=None)
+@given(shape=SHAPES, most=st.integers(1, 30), data=st.data())
+def test_a_box_in_parts_of_bounded_size(shape, most, data):
+    whole = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    box = a_box(shape, data)
+    parts = divided(box, most)
+    assert all(part.numel <= most for part in parts)
+    found = [whole[part.slices].reshape(-1) for part in parts]
+    np.testing.assert_array_equal(np.concatenate([[], *found]), whole[box.slices].reshape(-1))
+    assert len(parts) <= 1 or all(a.numel + b.numel > most or a.sizes[1:] != b.sizes[1:] for a, b in pairwise(parts))
 
 
 def a_box(shape, data):
