@@ -6,15 +6,20 @@ crash left of it; ``folder/.step-00000400.replaced/`` is what another of the sam
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 _NAME = re.compile(r"step-\d{8,}")
 REPLACED = "replaced"
+
+# Of folders that are being written: a handle each, which holds a lock on it until it is closed, or the process dies.
+_in_use: dict[Path, int] = {}
 
 
 def final(folder: Path, step: int) -> Path:
@@ -22,12 +27,24 @@ def final(folder: Path, step: int) -> Path:
 
 
 def make_aside(folder: Path, step: int) -> Path:
-    """A fresh folder to write to, after removing those that earlier crashes left."""
+    """A fresh folder to write to, after removing those that crashes have left. Nobody else removes it till release."""
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
     aside = _aside(final(folder, step), secrets.token_hex(4))
     aside.mkdir()
+    _in_use[aside] = _lock(aside)
     return aside
+
+
+def release(aside: Path) -> None:
+    """It has got its name, or may be removed by the next who saves."""
+    if (handle := _in_use.pop(aside, None)) is not None:
+        _unlock(handle)
+
+
+def discard(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    release(aside)
 
 
 def publish(aside: Path, folder: Path, step: int) -> Path:
@@ -42,13 +59,15 @@ def publish(aside: Path, folder: Path, step: int) -> Path:
     return path
 
 
-def remove_old(folder: Path, new: Path, keep: int) -> None:
-    """All but the newest ``keep``, of which ``new`` is one."""
-    others = [path for path in checkpoints(folder) if path != new]
-    for path in others[: len(others) - (keep - 1)]:
+def remove(path: Path) -> None:
+    """A checkpoint; a crash leaves no half of it under its name."""
+    handle = _lock(path)  # also under the name that it gets now: nobody else is to remove it at the same time
+    try:
         aside = _aside(path, secrets.token_hex(4))
-        path.rename(aside)  # so that a crash leaves no half of it
+        path.rename(aside)
         shutil.rmtree(aside)
+    finally:
+        _unlock(handle)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -56,7 +75,12 @@ def checkpoints(folder: Path) -> list[Path]:
     found = {path.name: path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)}
     for path in _replaced(folder):
         found.setdefault(_original(path), path)
-    return [found[name] for name in sorted(found, key=lambda name: (len(name), name))]
+    return sorted(found.values(), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """By its name."""
+    return int(checkpoint.name.split("-")[1].split(".")[0])
 
 
 def write(path: Path, data: bytes) -> None:
@@ -102,4 +126,35 @@ def _clear(folder: Path) -> None:
         if not (before := folder / _original(path)).exists():
             path.rename(before)
     for path in folder.glob(".step-*.*"):
-        shutil.rmtree(path)
+        if not _is_locked(path):
+            shutil.rmtree(path)
+
+
+def _lock(path: Path) -> int:
+    handle = os.open(path, os.O_RDONLY)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle
+
+
+def _unlock(handle: int) -> None:
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)  # also of the copies that forked processes have
+    os.close(handle)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether another is at it."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:  # or was
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False

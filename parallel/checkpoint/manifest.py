@@ -19,9 +19,13 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """``files``: name -> bytes and SHA-256 of every other file in the folder. ``about``: JSON, the user's."""
+    """``files``: name -> bytes and SHA-256 of every other file in the folder. ``about``: JSON, the user's.
+
+    ``number``: greater than those of all checkpoints that were in the folder before.
+    """
 
     step: int
+    number: int
     ranks: int
     about: Any
     files: dict[str, tuple[int, str]]
@@ -53,7 +57,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise ValueError(f"{path}: of version {version}, this program reads version {VERSION}")
     try:
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in found["files"].items()}
-        manifest = Manifest(found["step"], found["ranks"], found["about"], files, version)
+        manifest = Manifest(found["step"], found["number"], found["ranks"], found["about"], files, version)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not as it was written ({type(error).__name__}: {error})") from None
     if manifest.render() != text:  # byte for byte, also where JSON would read the same

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,7 @@ from parallel.checkpoint.agreement import agreed, ranks_of
 from parallel.checkpoint.content import Content, collect
 from parallel.checkpoint.planner import Writer
 from parallel.checkpoint.rest import SHARED, Rest, merged, own_file, to_bytes
-from parallel.checkpoint.writing import Saving
-
-# What a group has not waited for.
-_pending: weakref.WeakKeyDictionary[Group, Saving] = weakref.WeakKeyDictionary()
+from parallel.checkpoint.writing import PENDING, Saving
 
 
 def save(
@@ -52,16 +48,18 @@ def save(
         shared: a tree that ``torch.load(weights_only=True)`` reads, such as the state of a scheduler; rank 0's is kept.
         own: the same, of each rank, such as the states of random generators.
         group: by default the world.
-        keep: remove all but the newest so many, once this one is whole.
+        keep: how many stay, once this one is whole: this one and the last ones that the run came by; only then those
+            of later steps, which a run that went back has left behind. One that has no manifest does not count, and is
+            removed, too; no more of them is read for this.
         background: return when all values are copied to the CPU; write in a thread, and say how it went in
-            ``Saving.wait()``. The next save of the group waits for it as well.
+            ``Saving.wait()``. The next save of the group waits for it first, and raises what that raises.
         about: of JSON's types, for people and for checks before loading.
 
     Raises ValueError on all ranks, before anything is written, for values that cannot be kept, and where ranks hold
     too little or too much of a tensor; OSError on all ranks where one cannot write.
     """
     group, folder = ranks_of(group), Path(folder)
-    if (before := _pending.pop(group, None)) is not None:
+    if (before := PENDING.get(group)) is not None:
         before.wait()
 
     def prepare() -> tuple[Content, Rest, bytes, Any]:
@@ -81,7 +79,7 @@ def save(
     saving = Saving(group, folder, step, aside, keep, noted)
     if background:
         writer.copy_values()
-        _pending[group] = saving
+        PENDING[group] = saving
     parts = {own_file(group.rank): own_bytes} | ({SHARED: rest_bytes} if group.rank == 0 else {})
     saving.begin(plan, writer, metadata, parts, background)
     if not background:

@@ -7,7 +7,6 @@ which rank 0 looks for; so a save that nobody waits for is finished all the same
 from __future__ import annotations
 
 import pickle
-import shutil
 import threading
 import time
 import warnings
@@ -20,12 +19,15 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 import commlayer
 from commlayer import Group
-from parallel.checkpoint import files
+from parallel.checkpoint import files, history
 from parallel.checkpoint.manifest import Manifest, write_manifest
 from parallel.checkpoint.planner import Writer
 
 # Seconds that rank 0 looks for the files of ranks that say they have written them, or may be gone.
 PATIENCE = 60.0
+
+# What a group has not waited for, in the background.
+PENDING: dict[Group, Saving] = {}
 
 
 class Saving:
@@ -50,6 +52,8 @@ class Saving:
         """
         if self._outcome is None:
             self._outcome = self._settle()
+            if PENDING.get(self.group) is self:
+                del PENDING[self.group]
         if isinstance(self._outcome, OSError):
             raise self._outcome
         return self._outcome
@@ -71,7 +75,7 @@ class Saving:
         if not texts:
             return final
         if self.group.rank == 0:
-            shutil.rmtree(self._aside, ignore_errors=True)
+            files.discard(self._aside)
         commlayer.barrier(group=self.group)  # the space is free again
         return OSError(f"{final} was not saved: {'; '.join(texts)}")
 
@@ -107,7 +111,7 @@ class Saving:
             files.write(self._aside / f"rank-{rank:05}.tmp", pickle.dumps((sums, results)))
             (self._aside / f"rank-{rank:05}.tmp").rename(self._aside / f"rank-{rank:05}.done")
         except Exception as error:
-            self._problem = f"{type(error).__name__}: {error}"
+            self._problem = _words(error)
             self._abandoned.set()
         finally:
             self._written.set()
@@ -128,14 +132,17 @@ class Saving:
             self._storage().finish(self._metadata, results)
             described = self._aside / ".metadata"
             sums[described.name] = (described.stat().st_size, files.checksum(described))
-            write_manifest(self._aside, Manifest(self.step, self.group.size, self._about, sums))
+            number = history.next_number(self.folder)
+            write_manifest(self._aside, Manifest(self.step, number, self.group.size, self._about, sums))
             final = files.publish(self._aside, self.folder, self.step)
         except Exception as error:
-            self._failure = f"{type(error).__name__}: {error}"
+            self._failure = _words(error)
             return
+        finally:
+            files.release(self._aside)
         try:
             if self._keep is not None:
-                files.remove_old(self.folder, final, self._keep)
+                history.remove_old(self.folder, final, self._keep)
         except OSError as error:
             warnings.warn(f"an older checkpoint could not be removed: {error}", stacklevel=1)
 
@@ -159,3 +166,12 @@ class Saving:
         storage = FileSystemWriter(self._aside)
         storage.set_up_storage_writer(self.group.rank == 0)
         return storage
+
+
+def _words(error: BaseException) -> str:
+    """Of a full disk torch says "unexpected pos", after the system has said what it was."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    first = found or error
+    return f"{type(first).__name__}: {first}"

@@ -127,6 +127,7 @@ def test_a_file_that_cannot_grow_is_an_error_on_all_ranks(processes, tmp_path, l
     texts = failed_on(processes, tmp_path / "saved", limit, 3)
     assert len(set(texts)) == 1
     assert texts[0].startswith(f"{tmp_path / 'saved' / 'step-00000002'} was not saved: rank ")
+    assert "File too large" in texts[0]
 
 
 def test_a_full_disk(processes, tmp_path):

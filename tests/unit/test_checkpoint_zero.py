@@ -87,3 +87,28 @@ def test_trap_14_every_layout_reloads_on_every_other(tmp_path, source):
         for name in saved:
             assert torch.equal(loaded[name], saved[name]), (target, name)
             torch.testing.assert_close(later[name], after[name], rtol=1e-10, atol=1e-10)
+
+
+def test_every_layout_of_zero_goes_on_in_a_new_process(tmp_path):
+    """Where the optimiser has no state yet."""
+
+    def save():
+        model, optimizer = made("serial", None)
+        for index in range(2):
+            step(model, optimizer, index)
+        checkpoint.save(tmp_path, 2, model, optimizer)
+        step(model, optimizer, 2)
+        return checkpoint.full_state_dict(model)
+
+    after = run_local(save, ranks=1)[0]
+
+    def go_on(name):
+        model, optimizer = made(name, tmp_path / "disk")
+        checkpoint.load(tmp_path / "step-00000002", model, optimizer)
+        step(model, optimizer, 2)
+        return checkpoint.full_state_dict(model)
+
+    for name in LAYOUTS:
+        later = run_local(lambda name=name: go_on(name), ranks=Mesh(LAYOUTS[name][0]).world_size)[0]
+        for key in after:
+            torch.testing.assert_close(later[key], after[key], rtol=1e-10, atol=1e-10)
