@@ -40,7 +40,7 @@ def sgd(model):
 
 def adagrad(model):
     """Its state is there from the start."""
-    params = [p for p in model.parameters() if p.requires_grad and p.ndim]
+    params = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.Adagrad(params, lr=0.05, initial_accumulator_value=0.1, weight_decay=0.1)
 
 
@@ -167,11 +167,11 @@ def compare(found, expected, tolerance=CLOSE):
         close(found.params[name], expected.params[name], name)
 
 
-def check(task, *stages, layer=None, **options):
+def check(task, *stages, layer=None, moves=True, **options):
     """On thread ranks: the same numbers as the serial run, at each of these stages. ``layer``: options of run_local."""
     start, expected = serial(task)
     moved = [(expected.params[name] - p).abs().max() > 1e-3 for name, p in start.items() if p.numel()]
-    assert any(moved), "nothing was trained"
+    assert any(moved) or not moves, "nothing was trained"
 
     def rank():
         for stage in stages:
@@ -249,3 +249,46 @@ class Plain(nn.Module):
         for block in self.blocks:
             h = block(h)
         return self.head(h)
+
+
+class Built(nn.Module):
+    """A model in a few words: ``run(self, x)`` is its forward."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.run = run
+        filled(self)
+
+    def forward(self, *args, **options):
+        return self.run(self, *args, **options)
+
+
+def branches():
+    # Of different sizes, so that collectives that do not belong together would not fit.
+    parts = nn.ModuleList(
+        nn.Sequential(nn.Linear(INPUTS, 4 + i), nn.Tanh(), nn.Linear(4 + i, OUTPUTS)) for i in range(4)
+    )
+
+    def run(model, x, order):
+        return sum((model.parts[i](x) for i in order), x[:, :OUTPUTS] * model.scale)
+
+    return Built(run, parts=parts, scale=nn.Parameter(torch.ones(OUTPUTS)))
+
+
+class Plainest(nn.Module):
+    """What has reset_parameters() in torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 6, padding_idx=2)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9), nn.Linear(9, 6)) for _ in range(2))
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 11, bias=False)
+
+    def forward(self, ids):
+        h = self.embed(ids)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.head(self.norm(h))

@@ -43,7 +43,7 @@ def test_it_is_the_serial_run(stage, name):
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
-@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_offload_changes_no_number(offload, name, tmp_path):
     folder = {"folder": tmp_path} if offload == "disk" else {}
     check(Task(Net, optimizer=OPTIMIZERS[name], steps=5, schedule=True), *STAGES, offload=offload, **folder)

@@ -308,7 +308,7 @@ def test_a_submodule_called_by_itself(stage):
     run_local(rank, ranks=2)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@every_stage
 def test_training_through_a_submodule(stage):
     def loss(model, step, rank, micro):
         x, y = samples(step, rank)

@@ -9,7 +9,7 @@ from torch import nn
 
 import commlayer
 from commlayer import Mesh, UnsupportedOperation, run_local
-from parallel import ZeRO
+from parallel import DataParallel, ZeRO
 from parallel.placement import mark_replicated
 from tests.contracts.tensor import drawn
 from tests.contracts.zero import INPUTS, Plain, sgd
@@ -100,9 +100,24 @@ def test_models_that_differ_between_ranks(stage):
     refused(r"rank 1 has weight: float32 \[2, 2\] frozen", frozen)
 
 
-def test_wrapped_twice():
-    refused("module: already wrapped", lambda: zero(zero(nn.Linear(2, 2))))
-    refused("0: already wrapped", lambda: zero(nn.Sequential(zero(nn.Linear(2, 2)), nn.Linear(2, 2))))
+def test_units_that_differ_between_ranks():
+    def make():
+        net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        return zero(net, stage=3, units=[net[commlayer.world().rank]])
+
+    refused("rank 0 has .*, rank 1 has", make)
+
+
+@every_stage
+def test_wrapped_twice(stage):
+    def rank():
+        model = zero(nn.Linear(2, 2), stage=stage)
+        for again in (zero, DataParallel):
+            with pytest.raises((ValueError, UnsupportedOperation), match=r"weight is (reduced by ZeRO|released)"):
+                again(model.module)
+        assert model.stage == stage
+
+    run_local(rank, ranks=2)
 
 
 # Optimisers --------------------------------------------------------------------------------------------------
@@ -316,7 +331,7 @@ def test_converting_the_wrapper(stage, convert):
     refused("cannot be moved or converted", lambda: convert(zero(nn.Linear(2, 2), stage=stage)), UnsupportedOperation)
 
 
-@pytest.mark.parametrize("stage", [3])
+@every_stage
 @pytest.mark.parametrize("convert", [lambda m: m.double(), lambda m: m.half()])
 def test_converting_the_wrapped_module(stage, convert):
     """Past the wrapper: an error, then or in the next forward."""

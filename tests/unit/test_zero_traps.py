@@ -10,16 +10,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import commlayer
-from commlayer import run_local
+from commlayer import CommError, run_local
 from parallel import ZeRO
 from tests.contracts.tensor import drawn
 from tests.contracts.zero import (
     INPUTS,
     OUTPUTS,
     WIDTH,
+    Built,
     Plain,
     Task,
     adamw,
+    branches,
     check,
     filled,
     samples,
@@ -29,20 +31,6 @@ from tests.contracts.zero import (
 STAGES = (1, 2, 3)
 SMALL = 4e-4  # MiB: several buckets
 every_stage = pytest.mark.parametrize("stage", STAGES)
-
-
-class Built(nn.Module):
-    """A model in a few words: ``run(self, x)`` is its forward."""
-
-    def __init__(self, run, **modules):
-        super().__init__()
-        for name, module in modules.items():
-            setattr(self, name, module)
-        self.run = run
-        filled(self)
-
-    def forward(self, *args, **options):
-        return self.run(self, *args, **options)
 
 
 def layers(*sizes):
@@ -203,18 +191,6 @@ def test_trap_11_unused_on_all_ranks(offload, stage):
     run_local(rank, ranks=4)
 
 
-def branches():
-    # Of different sizes, so that collectives that do not belong together would not fit.
-    parts = nn.ModuleList(
-        nn.Sequential(nn.Linear(INPUTS, 4 + i), nn.Tanh(), nn.Linear(4 + i, OUTPUTS)) for i in range(4)
-    )
-
-    def run(model, x, order):
-        return sum((model.parts[i](x) for i in order), x[:, :OUTPUTS] * model.scale)
-
-    return Built(run, parts=parts, scale=nn.Parameter(torch.ones(OUTPUTS)))
-
-
 # Which branches a rank takes: (step, rank). None, one, all; in the last step nobody but rank 3 takes any.
 WAYS = [
     [(0,), (0, 1), (2,), ()],
@@ -238,6 +214,47 @@ def test_trap_11_unused_on_some_ranks_alone(stage, profile):
     """Data decides which units a rank runs, and in which order. Nobody waits, and the numbers are the serial ones."""
     task = Task(branches, by_data, steps=4)
     check(task, stage, bucket_mb=2e-4, layer=ONLY_SOME[profile])
+
+
+# The same in other orders, and some more than once.
+OUT_OF_TURN = [
+    [(0,), (1, 0), (2,), ()],
+    [(2, 1), (3,), (0, 1, 2), (3, 2, 1, 0)],
+    [(1, 1), (0, 3, 3), (2, 0), (3, 1, 0)],
+]
+
+
+@every_stage
+@pytest.mark.parametrize("profile", ONLY_SOME)
+def test_trap_11_in_another_order_on_every_rank(stage, profile):
+    def loss(model, step, rank, micro):
+        x, y = samples(step, rank, micro)
+        return (model(x, OUT_OF_TURN[step][rank]) - y).square().sum() / 6
+
+    check(Task(branches, loss, steps=3), stage, bucket_mb=2e-4, layer=ONLY_SOME[profile])
+
+
+def test_a_module_that_one_rank_alone_needs_once_more_is_an_error():
+    """Units of one size would fit each other, and give the wrong numbers."""
+
+    class Same(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = layers(WIDTH, WIDTH, WIDTH, WIDTH, WIDTH)
+            filled(self)
+
+        def forward(self, x, order):
+            return in_turn(self, x, order)
+
+    def rank(orders):
+        net = drawn(Same)
+        model = ZeRO(net, sgd(net), stage=3)
+        with torch.no_grad():
+            model(torch.ones(1, WIDTH).double(), orders[commlayer.world().rank])
+
+    for orders in ([(0, 1, 2, 3, 0), (0, 1, 2, 3, 1)], [(0, 2, 0), (0, 1, 2, 1)]):
+        with pytest.raises(CommError, match="ranks want different modules"):
+            run_local(lambda orders=orders: rank(orders), ranks=2, timeout=10)
 
 
 @every_stage
