@@ -12,7 +12,7 @@ alive at the peak, and ``process``, how far the process grows beyond what it had
 ==============  =====================================================================  =============
 variant                                                                                compared with
 ==============  =====================================================================  =============
-ZeRO 1, ZeRO 2  parallel.ZeRO, buckets of 25 MiB                                       ZRO
+ZeRO 1, ZeRO 2  parallel.ZeRO, buckets of 8 MiB                                        ZRO
 ZeRO 3          the same, a block is a unit                                            FSDP2
 FSDP2           fully_shard of each block and of the root
 ZRO             ZeroRedundancyOptimizer and DistributedDataParallel, 25 MiB, as views

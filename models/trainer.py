@@ -143,7 +143,7 @@ class Trainer:
             self.memory[name] = max(high_water(self.device), *self.memory.values(), 0)
 
     def save(self, *, wait: bool = True) -> None:
-        """A checkpoint of this very moment; without ``wait`` it is written while training goes on."""
+        """A checkpoint of this very moment; without ``wait`` it is written while training goes on, if memory allows."""
         self.saved()
         self._saving = checkpoint.save(
             Path(self.config.output) / CHECKPOINTS,
@@ -161,7 +161,7 @@ class Trainer:
                 "streams": self.streams.state_dict(),
             },
             keep=self.config.keep,
-            background=not wait,
+            background=not wait and self.config.offload != "disk",  # it begins with a copy of everything
             about={"mesh": self._place(), "config": asdict(self.config)},
         )
 

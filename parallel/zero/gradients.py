@@ -41,7 +41,8 @@ class Gradients:
         for flat, group in zip(self.flats, reversed(summed), strict=True):
             self.groups.setdefault(group, []).append(flat)
         self.by_unit = by_unit
-        self._at_once = 1 if by_unit else 2  # reductions under way: more would keep more gradients of this rank alive
+        # Reductions under way: each needs memory. Not more than LATEST, within which all ranks have started one.
+        self._at_once = 1 if by_unit else LATEST
         self._places = {flat: i for i, flat in enumerate(self.flats)}
         self.sync = True
         self.open = False  # between the first sign of a backward and its end
@@ -50,6 +51,7 @@ class Gradients:
         self._task: int | None = None
         self._missing: dict[Flat, set[Member]] = {}
         self._launched: list[Flat] = []
+        self._landed = 0  # and of these, the first ones that are known to be done
         self._start_anew()
         # Parameters outlive the wrapper, so their hooks must neither keep it alive nor stay behind.
         handles = [
@@ -76,7 +78,7 @@ class Gradients:
         """Send off what is there of them."""
         for flat in flats:
             if self.sync:
-                if flat.settings.stage > 1 and len(self._launched) >= self._at_once:
+                if len(self._launched) >= self._at_once:
                     self._launched[-self._at_once].land()
                 flat.start_reduce()
                 self._launched.append(flat)
@@ -111,8 +113,10 @@ class Gradients:
                 break
             self.start([following])
         # Ask, although nobody needs the answer yet: some backends (MPI) move data only inside their calls.
-        for flying in self._launched[-self._at_once :]:
-            flying.arrived()
+        # And what has arrived needs its memory no longer.
+        while self._landed < len(self._launched) and self._launched[self._landed].arrived():
+            self._launched[self._landed].land()
+            self._landed += 1
 
     def _finish(self) -> None:
         self.ending()
@@ -146,7 +150,7 @@ class Gradients:
 
     def _start_anew(self) -> None:
         self.open, self._task = False, None
-        self._launched = []
+        self._launched, self._landed = [], 0
         self._missing = {flat: set(flat.members) for flat in self.flats}
 
 

@@ -52,6 +52,11 @@ class DiskState:
                 piece.grad = None
             self._settle(flat)
 
+    def settle(self) -> None:
+        """Move what is not there yet."""
+        for flat in self.flats:
+            self._settle(flat)
+
     def forget(self) -> None:
         """Memory for the pages of all files."""
         for maps in self.maps.values():

@@ -242,6 +242,11 @@ class ZeRO(nn.Module):
         """Take over pieces that have changed; ``optimizer.step()`` does so itself. Collective."""
         self._publish(self.flats)
 
+    def settle(self) -> None:
+        """Move state that was put into the optimiser to the files of ``offload="disk"``, and give its memory back."""
+        if self._steps.disk is not None:
+            self._steps.disk.settle()
+
     def _stepped(self) -> None:
         self._publish([flat for flat in self.flats if flat.kind.trained])
 
