@@ -46,7 +46,7 @@ def test_it_is_the_serial_run(stage, name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_offload_changes_no_number(offload, name, tmp_path):
     folder = {"folder": tmp_path} if offload == "disk" else {}
-    check(Task(Net, optimizer=OPTIMIZERS[name], steps=5, schedule=True), *STAGES, offload=offload, **folder)
+    check(Task(Net, optimizer=OPTIMIZERS[name], steps=3, schedule=True), *STAGES, offload=offload, **folder)
     assert not list(tmp_path.iterdir()), "files stay behind"
 
 
@@ -60,19 +60,19 @@ def test_hybrid(replicas, offload, tmp_path):
 @pytest.mark.parametrize("stage", [0, *STAGES])
 def test_clipping_to_the_norm_of_the_whole_model(stage):
     """With SGD: Adam would hide a gradient of the wrong scale."""
-    check(Task(Net, optimizer=sgd, clip=0.05, steps=5), stage, bucket_mb=SMALL)
+    check(Task(Net, optimizer=sgd, clip=0.05, steps=3), stage, bucket_mb=SMALL)
 
 
 @pytest.mark.parametrize("no_sync", [False, True])
 @pytest.mark.parametrize("stage", [0, *STAGES])
 def test_accumulation(stage, no_sync):
-    check(Task(Net, optimizer=sgd, micro=3, no_sync=no_sync, clip=0.05, steps=4), stage, bucket_mb=SMALL)
+    check(Task(Net, optimizer=sgd, micro=3, no_sync=no_sync, clip=0.05, steps=2), stage, bucket_mb=SMALL)
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("no_sync", [False, True])
 def test_accumulation_where_gradients_go_elsewhere(no_sync, replicas, tmp_path):
-    task = Task(Net, optimizer=sgd, micro=3, no_sync=no_sync, steps=3)
+    task = Task(Net, optimizer=sgd, micro=3, no_sync=no_sync, steps=2)
     check(task, *STAGES, replicas=replicas, offload="disk", folder=tmp_path)
 
 
@@ -211,7 +211,7 @@ def test_an_optimizer_that_has_made_steps_goes_on(stage):
     ],
 )
 def test_every_elementwise_optimizer_of_torch(make):
-    check(Task(Plain, optimizer=lambda m: make(m.parameters()), steps=4), 1, 3, bucket_mb=SMALL)
+    check(Task(Plain, optimizer=lambda m: make(m.parameters()), steps=3), 1, 3, bucket_mb=SMALL)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -62,7 +62,9 @@ class Share:
     @property
     def now(self):
         """When all ranks have come here."""
-        gc.collect()
+        commlayer.barrier()
+        if commlayer.world().rank == 0:
+            gc.collect()
         commlayer.barrier()
         found = self.account.now / RANKS
         commlayer.barrier()

@@ -43,7 +43,7 @@ def in_turn(model, x, order=None):
     return x
 
 
-STEPS = Task(Plain, steps=4, optimizer=adamw)
+STEPS = Task(Plain, steps=3, optimizer=adamw)
 
 
 # Tied --------------------------------------------------------------------------------------------------------
