@@ -39,7 +39,7 @@ from commlayer import Group
 from parallel import DataParallel, ZeRO
 
 RANKS = (1, 2, 4)
-BUCKET = 25 * MIB
+BUCKET = 8 * MIB
 
 # Bytes of a parameter: on every rank whole, and divided by the number of ranks. Stage 0 is DataParallel.
 #   float32: p = 4, g = 4, K = 8 (Adam's moments). As in the paper.

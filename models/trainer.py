@@ -55,9 +55,11 @@ class Trainer:
         self.world, self.dp = commlayer.world(), mesh["dp"]
         self.device = self.world.device
         self.model = task.model
+        # In this order: compiled blocks had no gradients where the optimizer was made after them, and
+        # ZeRO puts its hooks around what is compiled.
+        self.optimizer = adamw(self.model, config.optimizer)
         if config.compile:
             _compile(task.compilable())
-        self.optimizer = adamw(self.model, config.optimizer)
         self.parallel = self._wrapped()
         self._saving: Saving | None = None
         self.scaler = GradScaler(mesh, self.device.type, enabled=config.amp == "fp16")

@@ -19,7 +19,7 @@ from models.metrics import cell_weights
 from models.optimizer import learning_rate
 from models.tasks.forecast import build_model, load_data
 from models.train import train
-from tests.training import made_up, trainer_of
+from tests.training import made_up, run, trainer_of
 
 
 def plain_loop(config, data, steps):
@@ -233,3 +233,15 @@ def test_workers_obey_only_the_trainer(tmp_path):
     worker.terminate()  # as the end of the interpreter does
     worker.join(10)
     assert worker.exitcode == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # inductor's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch looks at it
+@pytest.mark.parametrize("zero", [0, 3])
+def test_compiled_blocks_learn_the_same(tmp_path, zero):
+    """Validated before they are trained, as the command does."""
+    losses = []
+    for compiled in ("false", "true"):
+        config = made_up(tmp_path / compiled, "batch=5", "epochs=1", f"zero={zero}", f"compile={compiled}")
+        losses.append([entry["loss"] for entry in run_local(lambda config=config: run(config), ranks=1)[0]["curve"]])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
