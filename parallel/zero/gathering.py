@@ -31,37 +31,9 @@ from commlayer import CommError, UnsupportedOperation
 from parallel.notes import unseen
 from parallel.zero.flat import Flat
 from parallel.zero.gradients import Gradients
+from parallel.zero.hooks import around, weakly
 from parallel.zero.released import Released, hand_out, release
-
-
-class Unit:
-    """A module, and the vectors of what is gathered with it."""
-
-    def __init__(self, module: nn.Module, flats: Sequence[Flat]) -> None:
-        self.module, self.flats = module, list(flats)
-        self.members = [(flat, member) for flat in flats for member in flat.members]
-        self.index = -1  # on the walk; the root is not
-        self.users = 0  # calls of the module that are under way
-        self.out = True  # the parameters have values
-        self.notes = 0  # that autograd still has
-        self.unseen = 0  # calls of which it got none, so that they may be done again in backward
-        self.saving: Any = None  # the hooks of a call outside of any pass
-
-    @property
-    def here(self) -> bool:
-        return all(flat.full is not None for flat in self.flats)
-
-
-class _Note:
-    """What autograd keeps in place of a view of a gathered vector."""
-
-    def __init__(self, unit: Unit, flat: Flat, view: Tensor, age: int) -> None:
-        self.unit, self.flat, self.age = unit, flat, age
-        self.place = view.size(), view.stride(), int(view.storage_offset())
-        unit.notes += 1
-
-    def __del__(self) -> None:
-        self.unit.notes -= 1
+from parallel.zero.unit import Note, Unit
 
 
 class Gathering:
@@ -79,13 +51,13 @@ class Gathering:
         self._passed: list[Unit] = []  # on the way back, and not dropped yet
         self._owners: dict[int, tuple[Unit, Flat]] = {}  # of storages
         self.everything = 0  # nested uses of gathered()
-        gradients.opened, gradients.ending = _weakly(self._turn_round), _weakly(self._end_backward)
+        gradients.opened, gradients.ending = weakly(self._turn_round), weakly(self._end_backward)
         self._before: BaseException | None = None  # what was being handled when the pass began
         self._age = 0  # how often the shards have changed
-        handles = _around(root, _weakly(self._begin), _weakly(self._end))
+        handles = around(root, weakly(self._begin), weakly(self._end))
         for i, unit in enumerate(self.units):
             unit.index = i
-            handles += _around(unit.module, _weakly(self._enter, unit), _weakly(self._leave, unit))
+            handles += around(unit.module, weakly(self._enter, unit), weakly(self._leave, unit))
         # The modules outlive the wrapper, so their hooks must neither keep it alive nor stay behind.
         weakref.finalize(self, lambda: [remove() for remove in handles])
         self._places = {id(member.param): (unit, member) for unit in self.all for _, member in unit.members}
@@ -276,10 +248,10 @@ class Gathering:
             return x
         unit = owner[0]
         unit.unseen = 0
-        return _Note(*owner, x, self._age)
+        return Note(*owner, x, self._age)
 
     def _unpack(self, kept: Any) -> Any:
-        if not isinstance(kept, _Note):
+        if not isinstance(kept, Note):
             return kept
         if kept.age != self._age:
             raise RuntimeError(
@@ -342,39 +314,6 @@ def _bringer(gathering: weakref.ref[Gathering]) -> Callable[[Released, Any], Non
         unseen(partial(alive.bring, param, function))
 
     return bring
-
-
-def _weakly(method: Callable[..., None], *args: Unit) -> Callable[[], None]:
-    """The method, as long as its object is there."""
-    alive = weakref.WeakMethod(method)
-
-    @torch.compiler.disable
-    def call() -> None:
-        if (found := alive()) is not None:
-            unseen(partial(found, *args))  # by checkpoints that keep products
-
-    return call
-
-
-def _around(module: nn.Module, enter: Callable[[], None], leave: Callable[[], None]) -> list[Callable[[], None]]:
-    """Call these before and after the module, which may raise; returns how to undo it."""
-    compiled = module._compiled_call_impl
-    if compiled is None:
-        before = module.register_forward_pre_hook(lambda *_: enter())
-        return [before.remove, module.register_forward_hook(lambda *_: leave(), always_call=True).remove]
-
-    def call(*args: Any, **kwargs: Any) -> Any:  # hooks would be part of the graph
-        enter()
-        try:
-            return compiled(*args, **kwargs)
-        finally:
-            leave()
-
-    def undo() -> None:
-        module._compiled_call_impl = compiled
-
-    module._compiled_call_impl = call
-    return [undo]
 
 
 def _in_backward() -> bool:

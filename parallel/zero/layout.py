@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from commlayer import Group
 from parallel.buckets import packs_of
 from parallel.replicas import Replicas
+from parallel.zero.divide import Division
 from parallel.zero.flat import Flat, Kind, Settings
-from parallel.zero.units import Unit
 
 
 class Layout:
@@ -43,7 +43,7 @@ class Layout:
             self._cuts[base] = base.split(base.rank // (base.size // blocks)) or base
         return self._cuts[base]
 
-    def by_unit(self, units: Sequence[Unit]) -> list[tuple[nn.Module, list[Flat]]]:
+    def by_unit(self, units: Division) -> list[tuple[nn.Module, list[Flat]]]:
         """A vector for each kind of parameter of a unit."""
         found = []
         for module, params in units:

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_map_only
 from commlayer import Group, Mesh, UnsupportedOperation
 from parallel.placement import placement, recall_marks
 from parallel.replicas import WRAPPERS, Replicas, check_module
+from parallel.zero.divide import divide
 from parallel.zero.flat import Flat, Settings
-from parallel.zero.gathering import Gathering, Unit
+from parallel.zero.gathering import Gathering
 from parallel.zero.gradients import Gradients
 from parallel.zero.layout import Layout
 from parallel.zero.meta import initialise, leave_meta, reset_parameters
@@ -25,7 +26,7 @@ from parallel.zero.offload import DiskState
 from parallel.zero.optimizer import adopt
 from parallel.zero.released import hand_out
 from parallel.zero.steps import Steps
-from parallel.zero.units import divide
+from parallel.zero.unit import Unit
 
 OFFLOADS = ("none", "cpu", "disk")
 

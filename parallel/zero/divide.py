@@ -10,10 +10,10 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 SMALL = 64  # a module with less than the 64th part of all parameters, such as a last norm, is not worth a message
 
-Unit = tuple[nn.Module, dict[str, nn.Parameter]]
+Division = list[tuple[nn.Module, dict[str, nn.Parameter]]]
 
 
-def divide(root: nn.Module, units: Sequence[nn.Module] | None = None) -> list[Unit]:
+def divide(root: nn.Module, units: Sequence[nn.Module] | None = None) -> Division:
     """Modules with the parameters that come and go with them, by their names in ``root``; the root's own come first.
 
     The others are in the order of registration, which mostly is that of execution. Without ``units``: the entries of
