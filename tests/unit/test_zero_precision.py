@@ -28,10 +28,10 @@ def share(step, micro, rank):
     return rand(3, 5, seed=100 * step + 10 * micro + rank, dtype=torch.float32)
 
 
-def by_hand(ranks, dtype, reduce_dtype, steps=4, micros=2, own_sum=True):
+def by_hand(ranks, dtype, reduce_dtype, steps=4, micros=3, own_sum=True):
     """Masters in float32; a copy of them in ``dtype`` computes; what every rank has is added up in ``reduce_dtype``.
 
-    ``own_sum``: a rank adds up its own gradients before; else each backward is reduced.
+    ``own_sum``: a rank adds up its own gradients before, in float32; else each backward is reduced.
     """
     net = drawn(network).float()
     names = [name for name, _ in net.named_parameters()]
@@ -51,21 +51,21 @@ def by_hand(ranks, dtype, reduce_dtype, steps=4, micros=2, own_sum=True):
                 loss = copy(share(step, micro, rank).to(dtype)).float().square().sum()
                 loss.backward()
                 losses.append(loss.item())
-                grads.append([p.grad.to(reduce_dtype) for p in copy.parameters()])
+                grads.append([p.grad.float() for p in copy.parameters()])
             if mine and own_sum:
                 mine = [[a + b for a, b in zip(m, g, strict=True)] for m, g in zip(mine, grads, strict=True)]
             else:
                 mine = grads
             if not own_sum or micro == micros - 1:
                 for i, m in enumerate(mean):
-                    m += sum(theirs[i] for theirs in mine).float() / ranks
+                    m += sum(theirs[i].to(reduce_dtype) for theirs in mine).float() / ranks
         for p, m in zip(net.parameters(), mean, strict=True):
             p.grad = m
         optimizer.step()
     return losses, dict(zip(names, net.parameters(), strict=True)), dict(zip(names, mean, strict=True))
 
 
-def by_zero(ranks, stage, dtype, steps=4, micros=2, quiet=True, **options):
+def by_zero(ranks, stage, dtype, steps=4, micros=3, quiet=True, **options):
     def rank():
         me = commlayer.world().rank
         net = drawn(network).float()
@@ -104,7 +104,7 @@ def by_zero(ranks, stage, dtype, steps=4, micros=2, quiet=True, **options):
 @pytest.mark.parametrize("reduce_dtype", [None, BF16])
 @pytest.mark.parametrize("quiet", [True, False])
 def test_bf16_is_the_same_by_hand_bit_for_bit(stage, reduce_dtype, quiet):
-    """Of two ranks, whose sum has one order. In stage 1 and 2 gradients add up in the dtype that they travel in."""
+    """Of two ranks, whose sum has one order. What a rank adds up itself, it does in float32."""
     expected = by_hand(2, BF16, reduce_dtype or torch.float32, own_sum=quiet)
     found = by_zero(2, stage, BF16, reduce_dtype=reduce_dtype, quiet=quiet)
     assert found[0] == expected[0]
@@ -219,3 +219,19 @@ def test_trap_7_an_overflow_on_one_rank_skips_the_step_on_all(stage, offload):
         return scales
 
     assert run_local(rank, ranks=4) == [[64.0, 32.0, 32.0, 32.0]] * 4
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_passes_are_added_up_in_more_than_they_are_reduced_in(stage):
+    """bfloat16 counts to 256 and no further."""
+
+    def rank():
+        net = nn.Linear(1, 1, bias=False)
+        model = ZeRO(net, torch.optim.SGD(net.parameters(), lr=1.0), stage=stage, reduce_dtype=torch.bfloat16)
+        with model.no_sync():
+            for _ in range(511):
+                model(torch.ones(1, 1)).backward()
+        model(torch.ones(1, 1)).backward()
+        return [p.grad.tolist() for p in model.parameters()]
+
+    assert run_local(rank, ranks=1) == [[[512.0]]]
