@@ -11,6 +11,7 @@ from torch import nn
 import commlayer
 from commlayer import CommError, run_local
 from parallel import ZeRO
+from parallel.placement import gather_full
 from tests.contracts.tensor import drawn, rand
 from tests.contracts.zero import (
     CLOSE,
@@ -395,3 +396,38 @@ def test_no_hook_keeps_the_wrapper_alive(stage):
         assert gone() is None
 
     run_local(rank, ranks=2)
+
+
+class OneOrOther(nn.Module):
+    """A unit of two weights, of which a call uses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.pair = nn.ParameterList([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))])
+
+    def forward(self, x, which):
+        return x * self.pair[which]
+
+
+class Both(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.units = nn.ModuleList([nn.Linear(3, 3), OneOrOther()])
+
+    def forward(self, x, which):
+        return self.units[1](self.units[0](x), which)
+
+
+def test_a_weight_whose_gradient_left_first_keeps_it():
+    """One backward of two passes: the second weight's gradient leaves with the unit, the first one's comes later."""
+
+    def rank():
+        net = drawn(Both).double()
+        model = ZeRO(net, sgd(net), stage=3, units=[*net.units])
+        x = torch.ones(2, 3, dtype=torch.float64)
+        (model(x, 0).sum() + model(x, 1).sum()).backward()
+        return [gather_full(p.grad, p) for name, p in model.named_parameters() if "pair" in name]
+
+    for first, second in run_local(rank, ranks=2):
+        assert first.any()
+        torch.testing.assert_close(first, second)
