@@ -219,6 +219,30 @@ def test_a_loss_with_a_derivative_inside(stage):
     check(replace(STEPS, loss=loss), stage)
 
 
+@pytest.mark.parametrize("change", ["step", "gathered"])
+@every_stage
+def test_backward_through_parameters_that_have_changed_since(stage, change):
+    """As in torch: an error, and no gradient of something between."""
+
+    def rank():
+        net = drawn(Plain)
+        optimizer = sgd(net)
+        model = wrap(net, optimizer, stage)
+        x = torch.ones(2, INPUTS).double()
+        model(x).sum().backward()
+        late = model(x).square().sum()
+        if change == "step":
+            optimizer.step()
+        else:
+            with model.gathered(), torch.no_grad():
+                for p in net.parameters():
+                    p.mul_(2)
+        with pytest.raises(RuntimeError, match="modified"):
+            late.backward()
+
+    run_local(rank, ranks=2)
+
+
 # Exceptions --------------------------------------------------------------------------------------------------
 
 
