@@ -107,7 +107,7 @@ class Flat:
         self.overlaps = self.over.size == 1 or self.over.explain("reduce_scatter", dtype=self.reduced).native
         self.local: Tensor | None = None
         self.have: set[Member] = set()  # whose gradients are in local
-        self.used: set[Member] = set()  # whose were in a reduction since the last delivery
+        self.used: set[Member] = set()  # whose were in the last reduction
         self.flights: list[_Flight] = []
         self._streams: set[Any] = set()  # on which they came
 
@@ -242,8 +242,7 @@ class Flat:
         local[self.total :].zero_()
         if self.reduced == torch.float16:  # whose sums overflow
             local.mul_(1 / self.settings.divisor)
-        self.used |= self.have
-        self.have = set()
+        self.used, self.have = self.have, set()
         if self.settings.stage > 1 or local.dtype != self.reduced:
             self.local = None
         local = local.to(self.reduced)
