@@ -108,7 +108,8 @@ class Gradients:
         missing.remove(member)
         while len(self._launched) < len(self.flats) and self.sync:
             following = self.flats[len(self._launched)]
-            due = not missing and self._places[flat] >= len(self._launched) + LATEST
+            # The last vector does not count: when that is complete, so is the rest in a moment.
+            due = not missing and len(self._launched) + LATEST <= self._places[flat] < len(self.flats) - 1
             if not due and (self._missing[following] or not following.overlaps):
                 break
             self.start([following])
