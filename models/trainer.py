@@ -24,7 +24,7 @@ from models.optimizer import adamw, learning_rate
 from models.setup import CHECKPOINTS
 from models.tasks.task import Task
 from parallel import checkpoint
-from parallel.amp import GradScaler
+from parallel.amp import DTYPES, GradScaler
 from parallel.checkpoint import Saving
 from parallel.clip import clip_grad_norm_
 from parallel.data import DataParallel
@@ -35,8 +35,6 @@ from parallel.zero import ZeRO
 COUNTS = ("step", "history", "curve")
 STATES = ("scaler", "task")
 MEANS = ("epoch_loss", "recent_loss")
-
-DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of ZeRO's parameters
 
 
 class Trainer:

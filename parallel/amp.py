@@ -11,14 +11,14 @@ from torch import Tensor
 import commlayer
 from commlayer import MAX, Mesh
 
-_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(mode: str, device: torch.device | str) -> AbstractContextManager[Any]:
     """torch's autocast to ``mode``, one of none, bf16, fp16; with fp16 train by a :class:`GradScaler`."""
-    if mode not in _DTYPES:
-        raise ValueError(f"mode: expected one of {', '.join(_DTYPES)}, got {mode!r}")
-    dtype = _DTYPES[mode]
+    if mode not in DTYPES:
+        raise ValueError(f"mode: expected one of {', '.join(DTYPES)}, got {mode!r}")
+    dtype = DTYPES[mode]
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
 
 

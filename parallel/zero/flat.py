@@ -125,7 +125,7 @@ class Flat:
     def take_over(self, member: Member) -> bool:
         """Where the values of the parameter differ from mine, theirs are right; elsewhere mine, which may be finer.
 
-        Returns whether any did, or might have.
+        Returns whether any did, as far as autograd does not see it by itself.
         """
         values, place = member.param.data, self.view(member)
         if values.data_ptr() != place.data_ptr():  # somebody has put another tensor there
@@ -135,7 +135,7 @@ class Flat:
         piece = self.mine(member, self.shard)
         theirs = place.reshape(-1)[low : low + piece.numel()].to(piece.device)
         if theirs.data_ptr() == piece.data_ptr():
-            return True
+            return not self.whole
         same = theirs == piece.to(theirs.dtype)
         piece.copy_(torch.where(same, piece, theirs.to(piece.dtype)))
         return not bool(same.all())
