@@ -58,7 +58,7 @@ def operations(g: c.Group) -> dict[str, Operation]:
 
 
 def _drawn(shape: torch.Size | tuple[int, ...], seed: tuple[int, ...]) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(np.random.default_rng(seed).normal(size=tuple(shape))))
+    return torch.asarray(np.asarray(np.random.default_rng(seed).normal(size=tuple(shape))))
 
 
 def _summed(value: torch.Tensor, g: c.Group) -> float:

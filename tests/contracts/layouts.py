@@ -1,4 +1,7 @@
-"""Tensors of every layout, each within a larger piece of memory whose other bytes must never change."""
+"""Tensors of every layout, each within a larger piece of memory whose other bytes must never change.
+
+They are made on torch's default device: ``with torch.device(group.device):`` puts them on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ class Placed:
     dtype: str
 
     def memory_now(self) -> np.ndarray:
-        return self.memory.numpy().reshape(self.before.shape)
+        return self.memory.cpu().numpy().reshape(self.before.shape)
 
     def assert_untouched(self, what: str) -> None:
         """Neither the tensor nor anything around it has changed."""
@@ -118,7 +121,7 @@ def _placed(
         span = np.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))])
         index = index + stride * span
     memory[index] = flipped(data, how, dtype)
-    held = torch.from_numpy(memory.reshape(-1).copy())
+    held = torch.asarray(memory.reshape(-1).copy())
     tensor = torch.as_strided(held.view(DTYPES[dtype]), shape, strides, offset)
     if how == CONJ:
         tensor = tensor.conj()
@@ -144,6 +147,6 @@ def overlapping(x: Placed, shape: tuple[int, ...], shift: int) -> tuple[Placed, 
 def to_bytes(x: torch.Tensor, dtype: str) -> np.ndarray:
     """Bytes of a tensor of any layout."""
     assert x.dtype == DTYPES[dtype], f"dtype {x.dtype}, expected {dtype}"
-    plain = torch.empty(x.shape, dtype=x.dtype)
+    plain = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     plain.copy_(x.detach())
     return plain.view(-1).view(torch.uint8).numpy().reshape(*x.shape, itemsize(dtype))
