@@ -33,6 +33,7 @@ from commlayer.objects import all_gather_object, broadcast_object, gather_object
 from commlayer.point_to_point import recv, send, sendrecv
 from commlayer.reduce_op import AVG, BAND, BOR, BXOR, MAX, MIN, PRODUCT, SUM, ReduceOp, premul_sum
 from commlayer.runtime import finalize, init, is_initialized, run_local, world
+from commlayer.symmetric import empty_symmetric
 from commlayer.torch_backend import register
 from commlayer.torch_backend.creation import to_process_group
 from commlayer.work import Work
@@ -81,6 +82,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "broadcast_object",
+    "empty_symmetric",
     "finalize",
     "gather",
     "gather_object",

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from commlayer import probe, rendezvous
-from commlayer.backends import process_groups, torch_native
+from commlayer.backends import process_groups, shared, torch_native
 from commlayer.backends.base import Communicator
 from commlayer.backends.single import Single
 from commlayer.capability import EVERYTHING, CapabilitySet, Profile, load_profile, parse_disabled, profile_for
@@ -21,6 +21,7 @@ from commlayer.settings import Settings
 # Backends whose shipped profile the test suite proves; a replayed profile narrows it. For the others a replayed
 # profile is all there is, and without one they are probed.
 TRUSTED = frozenset({"gloo", "mpi", "nccl"})
+SHARING = frozenset({"gloo", "mpi"})  # whose tensors are on the CPU, and whose ranks are processes
 
 
 _NEEDS = {
@@ -156,6 +157,13 @@ def capabilities(comm: Communicator, settings: Settings) -> CapabilitySet:
         return CapabilitySet(tuple(profiles), parse_disabled(settings.disable)).to_bytes()
 
     return CapabilitySet(()).agreed(dict.fromkeys(probe.agree(comm, mine)))
+
+
+def hosts(comm: Communicator, settings: Settings) -> shared.Hosts | None:
+    """Which ranks can share memory; None where none can or shall: a replayed profile takes its machine's paths."""
+    if comm.size == 1 or comm.name not in SHARING:
+        return None
+    return shared.survey(comm, wanted=settings.shm and settings.profile is None)
 
 
 def _shipped(comm: Communicator) -> Profile:

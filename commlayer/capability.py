@@ -205,6 +205,16 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 EVERYTHING = Profile("everything", (Rule("native"),), summary="Every request that has a meaning.")
 
+# Of what the layer does itself between ranks of one host. premul_sum is a sum of what was scaled, by the planner.
+SHARED_MEMORY = Profile(
+    "shared-memory",
+    (
+        Rule("native", frozenset({*MOVING, "barrier"}) - {"send", "recv"}, devices=frozenset({"cpu"})),
+        Rule("native", frozenset(REDUCING), frozenset(REDUCE_NAMES) - {"premul_sum"}, devices=frozenset({"cpu"})),
+    ),
+    summary="What commlayer does itself between ranks of one host.",
+)
+
 SHIPPED = Path(__file__).parent / "profiles"
 
 

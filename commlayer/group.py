@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 
 from commlayer.backends.base import Communicator, Counts, Message
+from commlayer.backends.shared import Hosts, Shared, connect
 from commlayer.backends.single import Single
-from commlayer.capability import EVERYTHING, OPS, REDUCING, SPLITTABLE, CapabilitySet, Request
+from commlayer.capability import EVERYTHING, OPS, REDUCING, SHARED_MEMORY, SPLITTABLE, CapabilitySet, Request
 from commlayer.control.seat import Seat
 from commlayer.errors import CommError, UnsupportedOperation
-from commlayer.planner import Plan, native_cost, plan
+from commlayer.planner import Plan, native_cost, plan, through_shared_memory
 from commlayer.recorder import Operation, Recorder
 from commlayer.reduce_op import SUM, ReduceOp, as_reduce_op, meaningless
 from commlayer.volume import Counted
@@ -34,6 +36,14 @@ class FallbackWarning(UserWarning):
     """An operation is emulated; shown under ``COMMLAYER_FALLBACK=warn``."""
 
 
+class Near(NamedTuple):
+    """Shared memory, as far as the planner needs to know it."""
+
+    channel: Shared
+    capabilities: CapabilitySet
+    crowded: bool  # whether ranks share cores
+
+
 class Planned:
     """The flat operations of a communicator, with plans for those it lacks.
 
@@ -41,19 +51,29 @@ class Planned:
     is their own affair.
     """
 
-    def __init__(self, comm: Communicator | Counted, capabilities: CapabilitySet, policy: str = "silent") -> None:
+    def __init__(
+        self,
+        comm: Communicator | Counted,
+        capabilities: CapabilitySet,
+        policy: str = "silent",
+        near: Near | None = None,
+    ) -> None:
         self.comm = comm
         self.rank, self.size, self.device = comm.rank, comm.size, comm.device
         self._device = comm.device.type
         self._capabilities = capabilities
         self._policy = policy
-        self._inner = self if policy == "silent" else Planned(comm, capabilities)
-        # (op, reduce op, dtype, layout) -> how a fallback runs it, or None where it is native.
-        self._runners: dict[tuple[Any, ...], Runner | None] = {}
+        self._near = near
+        self._inner = self if policy == "silent" else Planned(comm, capabilities, near=near)
+        # (op, reduce op, dtype, layout) -> from which size on through shared memory, and else how a fallback runs it,
+        # or None where it is native.
+        self._routes: dict[tuple[Any, ...], tuple[float, Runner | None]] = {}
 
     def plan(self, request: Request) -> Plan:
         """How a request is done; UnsupportedOperation where it cannot be."""
         found = plan(self._capabilities, self.size, request)
+        if self._near is not None and self._near.capabilities.native(request):
+            return through_shared_memory(request, found, self.comm.name, self.size, self._near.crowded)
         if found is None:
             status, source = self._capabilities.status(request)
             raise UnsupportedOperation(
@@ -62,7 +82,7 @@ class Planned:
             )
         return found
 
-    def _decide(self, key: tuple[Any, ...]) -> Runner | None:
+    def _decide(self, key: tuple[Any, ...]) -> tuple[float, Runner | None]:
         op, reduce, dtype, layout = key
         found = self.plan(Request(op, reduce, dtype, self._device, layout))
         if found.emulated and self._policy != "silent":
@@ -71,41 +91,50 @@ class Planned:
                 raise UnsupportedOperation(f"{text}\n(COMMLAYER_FALLBACK=error forbids it)")
             warnings.warn(text, FallbackWarning, stacklevel=5)
         runner = None if found.fallback is None else found.fallback.run
-        self._runners[key] = runner
-        return runner
+        self._routes[key] = found.shared_from, runner
+        return found.shared_from, runner
 
-    def _run(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Work:
+    def _run(self, key: tuple[Any, ...], args: tuple[Any, ...], size: float = 0) -> Work:
+        """``size``: bytes of the longest vector of it, the same on all ranks; infinite where they cannot know."""
         try:
-            runner = self._runners[key]
+            shared_from, runner = self._routes[key]
         except KeyError:
-            runner = self._decide(key)
+            shared_from, runner = self._decide(key)
+        if size >= shared_from:
+            assert self._near is not None
+            return getattr(self._near.channel, key[0])(*args)
         if runner is None:
             return getattr(self.comm, key[0])(*args)
         return runner(self._inner, key[0], args)
 
     def all_reduce(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp) -> Work:
-        return self._run(("all_reduce", op.name, x.dtype, "even"), (out, x, op))
+        return self._run(("all_reduce", op.name, x.dtype, "even"), (out, x, op), x.nbytes)
 
     def reduce(self, out: torch.Tensor | None, x: torch.Tensor, op: ReduceOp, dst: int) -> Work:
-        return self._run(("reduce", op.name, x.dtype, "even"), (out, x, op, dst))
+        return self._run(("reduce", op.name, x.dtype, "even"), (out, x, op, dst), x.nbytes)
 
     def broadcast(self, x: torch.Tensor, src: int) -> Work:
-        return self._run(("broadcast", None, x.dtype, "even"), (x, src))
+        return self._run(("broadcast", None, x.dtype, "even"), (x, src), x.nbytes)
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work:
-        return self._run(("all_gather", None, x.dtype, _layout(counts)), (out, x, counts))
+        return self._run(("all_gather", None, x.dtype, _layout(counts)), (out, x, counts), out.nbytes)
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work:
-        return self._run(("reduce_scatter", op.name, x.dtype, _layout(counts)), (out, x, op, counts))
+        return self._run(("reduce_scatter", op.name, x.dtype, _layout(counts)), (out, x, op, counts), x.nbytes)
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor, out_counts: Counts, in_counts: Counts) -> Work:
-        return self._run(("all_to_all", None, x.dtype, _layout(in_counts)), (out, x, out_counts, in_counts))
+        size = x.nbytes if in_counts is None else math.inf
+        return self._run(("all_to_all", None, x.dtype, _layout(in_counts)), (out, x, out_counts, in_counts), size)
 
     def gather(self, out: torch.Tensor | None, x: torch.Tensor, dst: int, counts: Counts) -> Work:
-        return self._run(("gather", None, x.dtype, _layout(counts)), (out, x, dst, counts))
+        return self._run(("gather", None, x.dtype, _layout(counts)), (out, x, dst, counts), self._whole(x, counts))
 
     def scatter(self, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts) -> Work:
-        return self._run(("scatter", None, out.dtype, _layout(counts)), (out, x, src, counts))
+        return self._run(("scatter", None, out.dtype, _layout(counts)), (out, x, src, counts), self._whole(out, counts))
+
+    def _whole(self, share: torch.Tensor, counts: Counts) -> int:
+        """Bytes of all ranks' shares."""
+        return share.nbytes * self.size if counts is None else sum(counts) * share.itemsize
 
     def send(self, x: torch.Tensor, dst: int, tag: int) -> Work:
         return self._run(("send", None, x.dtype, "even"), (x, dst, tag))
@@ -159,12 +188,15 @@ class Group:
         *,
         dog: Watchdog | None = None,
         parent: Group | None = None,
+        hosts: Hosts | None = None,
     ) -> None:
         self.ranks = tuple(ranks)
         self.size = len(self.ranks)
         self._capabilities = capabilities
         self._policy = policy
         self._comm = comm
+        self._hosts = hosts  # of the ranks of the world; None without shared memory
+        self.shared: Shared | None = None
         self._children: list[Group] = []
         self._closed = False
         self.handle = next(_HANDLES)
@@ -181,7 +213,14 @@ class Group:
         dog = dog or Watchdog(Recorder(comm.rank, comm.size, comm.name, None))
         label = dog.label(self.ranks) if comm.seat is None else comm.seat.label
         self.watch = Watch(dog, comm, self.ranks, label, self._plan_of)
-        self.flat = Planned(comm if dog.trace is None else Counted(comm, self._sent), capabilities, policy)
+        near = None
+        if hosts is not None and comm.size > 1:
+            self.shared = connect(comm, hosts, self.ranks)
+            if self.shared is not None:
+                taken = CapabilitySet((SHARED_MEMORY,), capabilities.disabled)
+                channel: Any = self.shared if dog.trace is None else Counted(self.shared, self._sent)
+                near = Near(channel, taken, hosts.crowded)
+        self.flat = Planned(comm if dog.trace is None else Counted(comm, self._sent), capabilities, policy, near)
 
     @property
     def is_member(self) -> bool:
@@ -272,16 +311,20 @@ class Group:
         comm = self._comm.subgroup(members, seat)
         if timeout is not None:
             comm.limit_to(timeout)
-        child = Group(comm, world_ranks, self._capabilities, self._policy, dog=dog)
+        child = Group(comm, world_ranks, self._capabilities, self._policy, dog=dog, hosts=self._hosts)
         self._children.append(child)
         return child
 
-    def twin(self, name: str) -> Group:
-        """The same ranks on a communicator of their own; called by every member, from any thread."""
+    def twin(self, name: str, shared: bool = True) -> Group:
+        """The same ranks on a communicator of their own; called by every member, from any thread.
+
+        ``shared``: whether they may share memory.
+        """
         assert self._comm is not None
         seat = self._seat(self.ranks, f"{self.watch.label} {name}")
         comm = self._comm.subgroup(range(self.size), seat)
-        child = Group(comm, self.ranks, self._capabilities, self._policy, dog=self.watch.dog)
+        hosts = self._hosts if shared else None
+        child = Group(comm, self.ranks, self._capabilities, self._policy, dog=self.watch.dog, hosts=hosts)
         self._children.append(child)
         return child
 
@@ -302,7 +345,8 @@ class Group:
         """
         if len(ranks) > 1:
             comm.seat = self._seat(ranks)
-        child = Group(comm, ranks, capabilities(), self._policy, dog=self.watch.dog)
+        hosts = self._hosts if comm.name in ("gloo", "mpi") else None
+        child = Group(comm, ranks, capabilities(), self._policy, dog=self.watch.dog, hosts=hosts)
         self._children.append(child)
         return child
 
@@ -359,8 +403,14 @@ class Group:
             return ""
         layout = "uneven" if op.detail("sizes") is not None and name in SPLITTABLE else "even"
         request = Request(name, op.reduce.name if op.reduce else None, op.dtype, self.device.type, layout)
-        found = plan(self._capabilities, self.size, request) if self.size > 1 else None
-        return found.fallback.name if found is not None and found.fallback is not None else "native"
+        if self.size == 1:
+            return "native"
+        found = self.flat.plan(request)
+        if found.shared_from < math.inf and op.shape is not None:
+            whole = math.prod(op.shape) * op.dtype.itemsize * (self.size if name in ("all_gather", "gather") else 1)
+            if layout == "uneven" or whole >= found.shared_from:
+                return "shared memory"
+        return found.fallback.name if found.fallback is not None else "native"
 
     def _sent(self, size: int) -> None:
         """Count it for the newest operation: all that one sends is under way before the next begins."""
@@ -382,6 +432,8 @@ class Group:
         if self._comm is not None and not self._closed:
             self._closed = True
             self.watch.close(end)
+            if self.shared is not None:
+                self.shared.close(end)
             self._comm.close(end)
 
 

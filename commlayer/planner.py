@@ -9,10 +9,12 @@ excludes the size. All costs are found at once by relaxation, as in Bellman and 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 from commlayer.capability import CapabilitySet, Request
@@ -24,7 +26,32 @@ LATENCY = 20e-6
 PER_BYTE_SENT = 1 / 4e9
 PER_BYTE_TOUCHED = 1 / 8e9
 NOMINAL_BYTES = 1 << 20
+CHANNELS = Path(__file__).with_name("channels.json")
 OVERHEAD = 0.25  # of an emulation, in messages: so that what only reads the bits otherwise comes first
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds as a line over bytes, of one operation on one channel, as measured."""
+
+    latency: float
+    per_byte: float
+
+    def cheaper_from(self, other: Line) -> float:
+        """Bytes from which on this is the cheaper; infinite where it never is."""
+        if self.latency <= other.latency:
+            return 0
+        if self.per_byte >= other.per_byte:
+            return math.inf
+        return (self.latency - other.latency) / (other.per_byte - self.per_byte)
+
+
+@cache
+def channel_cost(channel: str, op: str, crowded: bool) -> Line:
+    """From the table of channels.json, measured between ranks of one host; ``crowded``: they share cores."""
+    table = json.loads(CHANNELS.read_text())["crowded" if crowded else "free"][channel]
+    microseconds, gigabytes = table.get(op, table["all_reduce"])
+    return Line(microseconds * 1e-6, 1e-9 / gigabytes)
 
 
 @dataclass(frozen=True)
@@ -68,6 +95,10 @@ def native_cost(op: str, size: int) -> Cost:
     }[op]
 
 
+def _kib(size: float) -> str:
+    return f"{size / 1024:.3g} KiB"
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one request is done: natively, or by a fallback whose parts are plans in turn."""
@@ -77,6 +108,7 @@ class Plan:
     fallback: Fallback | None = None
     parts: tuple[Plan, ...] = ()
     why: str = ""
+    shared_from: float = math.inf  # bytes from which on ranks of one host do it through memory that they share
 
     @property
     def emulated(self) -> bool:
@@ -87,6 +119,12 @@ class Plan:
 
     def lines(self, depth: int = 0) -> Iterator[str]:
         head = "  " * depth + str(self.request)
+        if self.shared_from == 0:
+            yield f"{head}: shared memory"
+            return
+        if self.shared_from < math.inf:
+            yield f"{head}: shared memory from {_kib(self.shared_from)} on, below that"
+            head = "  " * (depth + 1) + str(self.request)
         if self.fallback is None:
             yield f"{head}: native"
             return
@@ -99,9 +137,21 @@ class Plan:
             "request": str(self.request),
             "fallback": self.fallback.name if self.fallback else None,
             "why": self.why,
+            "shared_from": self.shared_from if self.shared_from < math.inf else None,
             "seconds_at_1MiB": self.cost.seconds(),
             "parts": [part.to_dict() for part in self.parts],
         }
+
+
+def through_shared_memory(request: Request, found: Plan | None, backend: str, size: int, crowded: bool) -> Plan:
+    """The plan where the ranks of a group can also share memory; ``found`` is what the backend would do.
+
+    What a backend can only emulate goes through shared memory at any size.
+    """
+    near, far = (channel_cost(name, request.op, crowded) for name in ("shared memory", backend))
+    if found is None or found.fallback is not None:
+        return Plan(request, native_cost(request.op, size), shared_from=0)
+    return replace(found, shared_from=near.cheaper_from(far))
 
 
 @lru_cache(maxsize=4096)

@@ -112,6 +112,7 @@ class Operation:
         """Do it under its deadline; the result, or with ``async_op`` a handle for it."""
         comm = self.watch.comm
         comm.deadline = self.start * 1e-9 + (self.timeout or comm.timeout)
+        comm.synchronous = not async_op
         self.waiting = True
         try:
             if self.expected and not async_op:
@@ -129,7 +130,7 @@ class Operation:
             self.watch.interrupt(self, error)
             raise
         finally:
-            comm.deadline = None
+            comm.deadline, comm.synchronous = None, False
         self.finish()
         return result
 

@@ -129,7 +129,8 @@ def _make_world(comm: Communicator, control: Client | Local | None, settings: Se
         comm.seat = Seat(control, generation, dog.label(ranks), ranks, comm.progress)
         control.listen(dog.on_event)
     capabilities = bootstrap.capabilities(comm, settings)
-    return Group(comm, range(comm.size), capabilities, settings.fallback, dog=dog)
+    hosts = bootstrap.hosts(comm, settings)
+    return Group(comm, range(comm.size), capabilities, settings.fallback, dog=dog, hosts=hosts)
 
 
 def finalize() -> None:

@@ -13,6 +13,7 @@ VARIABLES = {
     "COMMLAYER_PROBE": "auto (default), never or always: whether init may find out what a backend can do by running it",
     "COMMLAYER_FALLBACK": "silent (default), warn or error: what happens when an operation is emulated",
     "COMMLAYER_LAUNCHER": "which launcher's variables count when several disagree",
+    "COMMLAYER_SHM": "0: ranks of one host do not use the memory that they can share, but their backend alone",
     "COMMLAYER_TIMEOUT": "seconds an operation may take before CommTimeout (default 600)",
     "COMMLAYER_DEBUG": "1: before each operation ranks compare what they call, and differences are an error",
     "COMMLAYER_CHECK_NAN": "1: sending a NaN or an infinity is an error that names the rank and the call",
@@ -31,6 +32,7 @@ class Settings:
     disable: str = ""
     fallback: str = "silent"
     probe: str = "auto"
+    shm: bool = True
     timeout: float | None = None
     debug: bool = False
     check_nan: bool = False
@@ -54,6 +56,7 @@ class Settings:
             disable=env.get("COMMLAYER_DISABLE", ""),
             fallback=_choice("COMMLAYER_FALLBACK", POLICIES, env),
             probe=_choice("COMMLAYER_PROBE", PROBES, env),
+            shm=_switch("COMMLAYER_SHM", env, default=True),
             timeout=timeout,
             debug=_switch("COMMLAYER_DEBUG", env),
             check_nan=_switch("COMMLAYER_CHECK_NAN", env),
@@ -70,12 +73,12 @@ def _choice(name: str, allowed: tuple[str, ...], env: Mapping[str, str]) -> str:
     return value
 
 
-def _switch(name: str, env: Mapping[str, str]) -> bool:
+def _switch(name: str, env: Mapping[str, str], default: bool = False) -> bool:
     raw = env.get(name, "")
     value = raw.lower()
     if value not in ("", "0", "1", "false", "true", "off", "on"):
         raise ValueError(f"{name}={raw!r}: expected 0 or 1")
-    return value in ("1", "true", "on")
+    return value in ("1", "true", "on") if value else default
 
 
 def checked_timeout(timeout: float, name: str = "timeout") -> float:

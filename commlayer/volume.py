@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from commlayer.backends.base import Communicator, pieces
+from commlayer.backends.base import pieces
 
 # Of each native operation, from the arguments of ``backends.base.Collectives``. What is not here sends nothing.
 SENT: dict[str, Callable[..., int]] = {
@@ -29,9 +29,9 @@ SENT: dict[str, Callable[..., int]] = {
 
 
 class Counted:
-    """A communicator that tells ``count`` what each of its operations sends; in all else the one that it is given."""
+    """A communicator, or a channel beside one; it tells ``count`` what each of its operations sends."""
 
-    def __init__(self, comm: Communicator, count: Callable[[int], None]) -> None:
+    def __init__(self, comm: Any, count: Callable[[int], None]) -> None:
         self._comm, self._count = comm, count
 
     def __getattr__(self, name: str) -> Any:

@@ -87,6 +87,7 @@ class Communicator(ABC, Collectives):
     size: int
     timeout: float
     deadline: float | None = None  # of the operation in progress, by time.perf_counter()
+    synchronous = False  # whether its caller waits for the operation in progress anyway
     failure: CommError | None = None  # why nothing more can happen here
     threads = True  # whether several threads may call it at once
     uneven_apart = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -63,7 +64,10 @@ class Channel:
                 raise ValueError(f"tensor: is on {x.device}, but this process group works on {known}")
             return self._beside.get(kind)
         name = None if reduce is None else reduce.__getstate__()[0].name.lower()
-        return self._native if self.group.capabilities().native(Request(op, name, x.dtype, kind, layout)) else None
+        request = Request(op, name, x.dtype, kind, layout)
+        if not self.group.capabilities().native(request) or self.flat.plan(request).shared_from < math.inf:
+            return None
+        return self._native
 
     def started(self, name: str, work: dist.Work, outputs: list[Any], opts: Any = None) -> dist.Work:
         """What a backend of torch's has started: not recorded, but counted, as where the group does the same."""

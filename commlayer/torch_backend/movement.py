@@ -178,7 +178,7 @@ class Movement(Calls):
         check_tensors([x, output], self.group)
 
         # A rank may leave its sizes away where they are equal, and another give them.
-        mixed = self.group._comm is not None and self.group._comm.uneven_apart
+        mixed = self.group._comm is not None and (self.group._comm.uneven_apart or self.group.shared is not None)
 
         def start() -> tuple[Any, Work]:
             data = plain(x)

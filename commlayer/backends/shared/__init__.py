@@ -1,0 +1,70 @@
+"""Shared memory between the ranks of one host: a channel beside the backend's own, for tensors on the CPU."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from commlayer.backends.base import Communicator
+from commlayer.backends.shared import host, kernel, memory
+from commlayer.backends.shared.channel import Shared
+from commlayer.backends.shared.meeting import Meeting
+from commlayer.backends.shared.rounds import HALF, HALF_CROWDED, Rounds, space
+from commlayer.backends.shared.symmetric import Symmetric
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """What the ranks of the world have told each other of where they run; the same on all of them."""
+
+    places: tuple[int, ...]  # for each rank the number of its host
+    crowded: bool  # whether a host has more ranks than cores
+    compiled: bool  # whether all of them have the kernel
+
+    def of(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self.places[rank] for rank in ranks)
+
+
+def survey(comm: Communicator, wanted: bool) -> Hosts | None:
+    """Find out which ranks share hosts; called by all ranks of the world.
+
+    None where no two can share memory, or a rank does not want to.
+    """
+    mine = json.dumps([host.identity() if wanted else "", host.keeps_order(), host.cores()])
+    answers = [json.loads(answer) for answer in comm.share(mine.encode())]
+    places = host.places([identity for identity, _, _ in answers])
+    if len({*places}) == comm.size or not all(identity for identity, _, _ in answers):
+        return None
+    cores: dict[int, set[int]] = {}
+    for place, (_, _, own) in zip(places, answers, strict=True):
+        cores.setdefault(place, set()).update(own)
+    crowded = any(places.count(place) > len(found) for place, found in cores.items())
+    first = places.index(places[comm.rank]) == comm.rank
+    if first:  # of its host: it compiles the kernel, if nobody has, and the others find it
+        kernel.load()
+    comm.share(b"")
+    compiled = all(answer == b"1" for answer in comm.share(b"1" if kernel.load() is not None else b"0"))
+    if not compiled and not all(ordered for _, ordered, _ in answers):
+        return None
+    return Hosts(places, crowded, compiled)
+
+
+def connect(comm: Communicator, hosts: Hosts, ranks: Sequence[int]) -> Shared | None:
+    """The channel of a group of these ranks of the world, all on one host; called by its members.
+
+    None, and a warning, where they cannot map common memory.
+    """
+    if len({*hosts.of(ranks)}) > 1 or comm.device.type != "cpu":
+        return None
+    half = HALF_CROWDED if hosts.crowded else HALF
+    made = memory.common(comm, space(comm.size, half))
+    if isinstance(made, str):
+        if comm.rank == 0:
+            warnings.warn(f"commlayer goes on without shared memory ({made})", RuntimeWarning, stacklevel=2)
+        return None
+    library = kernel.load() if hosts.compiled else None
+    meeting = Meeting(library, made.address, comm, hosts.crowded)
+    symmetric = Symmetric(comm.rank, comm.size)
+    return Shared(comm, Rounds(made, half, meeting, symmetric), symmetric, library)
