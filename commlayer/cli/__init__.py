@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from commlayer import __version__
-from commlayer.cli import capabilities, demo, doctor, job, launch, probe, trace
+from commlayer.cli import bench, capabilities, demo, doctor, job, launch, probe, trace
 from commlayer.cli.console import print_error
 from commlayer.errors import CommError
 
@@ -39,6 +39,7 @@ app.command("doctor")(doctor.main)
 app.command("capabilities")(capabilities.main)
 app.command("probe")(probe.main)
 app.command("launch", context_settings={"allow_interspersed_args": False})(launch.main)
+app.command("bench")(bench.main)
 app.command("demo", context_settings={"allow_interspersed_args": False})(demo.main)
 app.add_typer(job.app, name="job")
 app.add_typer(trace.app, name="trace")
