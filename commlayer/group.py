@@ -28,6 +28,8 @@ from commlayer.work import Work, gather_works
 
 Runner = Callable[["Planned", str, tuple[Any, ...]], Work]
 
+ANY = 1 << 62  # bytes: more than any tensor has
+
 _HANDLES = itertools.count()  # each a number of its own, on this process
 _GROUPS: WeakValueDictionary[int, Group] = WeakValueDictionary()
 
@@ -94,8 +96,8 @@ class Planned:
         self._routes[key] = found.shared_from, runner
         return found.shared_from, runner
 
-    def _run(self, key: tuple[Any, ...], args: tuple[Any, ...], size: float = 0) -> Work:
-        """``size``: bytes of the longest vector of it, the same on all ranks; infinite where they cannot know."""
+    def _run(self, key: tuple[Any, ...], args: tuple[Any, ...], size: int = 0) -> Work:
+        """``size``: bytes of the longest vector of it, the same on all ranks; ``ANY`` where they cannot know."""
         try:
             shared_from, runner = self._routes[key]
         except KeyError:
@@ -123,7 +125,7 @@ class Planned:
         return self._run(("reduce_scatter", op.name, x.dtype, _layout(counts)), (out, x, op, counts), x.nbytes)
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor, out_counts: Counts, in_counts: Counts) -> Work:
-        size = x.nbytes if in_counts is None else math.inf
+        size = x.nbytes if in_counts is None else ANY
         return self._run(("all_to_all", None, x.dtype, _layout(in_counts)), (out, x, out_counts, in_counts), size)
 
     def gather(self, out: torch.Tensor | None, x: torch.Tensor, dst: int, counts: Counts) -> Work:

@@ -3,6 +3,8 @@
 The finer points, and every number of experts and choices, are tested on thread ranks, in tests/unit.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -59,8 +61,8 @@ def test_every_emulated_exchange(everyone, agreed, emulation):
         return emulation.run(*args)
 
     mesh, experts = meshes(layout)
-    exchange = {("all_to_all", None, torch.float64, "uneven"): run}
-    experts["ep"].flat._runners = {**exchange}
+    exchange = {("all_to_all", None, torch.float64, "uneven"): (math.inf, run)}
+    experts["ep"].flat._routes = {**exchange}
     agreed(lambda: check(todo, layout, reference(todo), (mesh, experts)))
     assert len(calls) == 4, "there and back, and their gradients"
 

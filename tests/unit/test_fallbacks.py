@@ -1,5 +1,6 @@
 """Every emulation by itself, forced: also those that the planner finds too dear on any shipped profile."""
 
+import math
 import zlib
 
 import pytest
@@ -65,7 +66,7 @@ def test_by_itself(fallback, op):
         for case in todo:
             layout = "even" if case.splits == "even" else "uneven"
             key = (op, case.reduce, DTYPES[case.dtype], layout)
-            group.flat._runners = {key: run}
+            group.flat._routes = {key: (math.inf, run)}
             result = check(case, group)
             assert_alike(group._comm.share(result), str(case))
         assert calls, "was never used"
@@ -81,7 +82,7 @@ def test_barrier(fallback, size):
 
     def program():
         group = world()
-        group.flat._runners = dict.fromkeys([("barrier", None, DTYPES["uint8"], "even")], fallback.run)
+        group.flat._routes = {("barrier", None, DTYPES["uint8"], "even"): (math.inf, fallback.run)}
         for step in range(3):
             arrived.append(step)
             group.flat.barrier().wait()

@@ -67,4 +67,5 @@ def connect(comm: Communicator, hosts: Hosts, ranks: Sequence[int]) -> Shared | 
     library = kernel.load() if hosts.compiled else None
     meeting = Meeting(library, made.address, comm, hosts.crowded)
     symmetric = Symmetric(comm.rank, comm.size)
-    return Shared(comm, Rounds(made, half, meeting, symmetric), symmetric, library)
+    copy_past = None if library is None else library.copy_past
+    return Shared(comm, Rounds(made, half, meeting, symmetric, copy_past), symmetric, library)

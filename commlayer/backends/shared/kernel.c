@@ -12,7 +12,7 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-#ifdef __F16C__
+#if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -71,6 +71,31 @@ int meet(Line *lines, int size, int rank, uint32_t step, int64_t spin, int64_t l
         }
     }
     return 0;
+}
+
+/* Copy without bringing the target into the caches, which costs a third less of the memory's time: for what is too
+   large to stay there until it is read. */
+void copy_past(char *to, const char *from, size_t size) {
+#ifdef __AVX2__
+    size_t head = (32 - (uintptr_t)to % 32) % 32;
+    if (head > size) head = size;
+    memcpy(to, from, head);
+    size_t i = head;
+    for (; i + 128 <= size; i += 128) {
+        __m256i a = _mm256_loadu_si256((const __m256i *)(from + i));
+        __m256i b = _mm256_loadu_si256((const __m256i *)(from + i + 32));
+        __m256i c = _mm256_loadu_si256((const __m256i *)(from + i + 64));
+        __m256i d = _mm256_loadu_si256((const __m256i *)(from + i + 96));
+        _mm256_stream_si256((__m256i *)(to + i), a);
+        _mm256_stream_si256((__m256i *)(to + i + 32), b);
+        _mm256_stream_si256((__m256i *)(to + i + 64), c);
+        _mm256_stream_si256((__m256i *)(to + i + 96), d);
+    }
+    _mm_sfence();
+    memcpy(to + i, from + i, size - i);
+#else
+    memcpy(to, from, size);
+#endif
 }
 
 /* Sums, element by element in the order of `from`, written to each of `to`, any of which may be one of `from`.

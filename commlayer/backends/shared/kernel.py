@@ -59,6 +59,8 @@ def load() -> Any | None:
         ctypes.c_double,
     )
     library.add_up.restype = None
+    library.copy_past.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    library.copy_past.restype = None
     return library
 
 

@@ -28,11 +28,13 @@ from commlayer.errors import CollectiveMismatch
 
 # Bytes of half a slot: small enough to stay in a core's cache, large enough to be worth a meeting; where ranks share
 # cores, a meeting costs a change of context each.
-HALF, HALF_CROWDED = 1 << 19, 1 << 21
+HALF, HALF_CROWDED = 1 << 20, 1 << 21
 SMALL = 1 << 16  # bytes, of all ranks together, up to which each reduces all of it by itself: one meeting less
 
 _NOTE = struct.Struct("8q")
-_copy: Callable[[int, int, int], Any] = ctypes.memmove
+Copy = Callable[[int, int, int], Any]  # to an address, from an address, so many bytes
+_copy: Copy = ctypes.memmove
+LARGE = 1 << 23  # bytes from which on what is moved does not stay in the caches
 
 
 Block = tuple[int, int]  # address and bytes
@@ -66,13 +68,16 @@ def _row(size: int) -> int:
 class Rounds:
     """The memory that the ranks of one host share for their collectives, and the ways through it."""
 
-    def __init__(self, memory: Memory, half: int, meeting: Meeting, symmetric: Symmetric) -> None:
+    def __init__(
+        self, memory: Memory, half: int, meeting: Meeting, symmetric: Symmetric, copy_past: Copy | None
+    ) -> None:
         self.rank, self.size = meeting.rank, meeting.size
         self._memory, self._meeting, self._symmetric, self._half = memory, meeting, symmetric, half
         self._row = _row(self.size)
         notes = (ctypes.c_char * (2 * self.size * self._row)).from_address(memory.address + LINE * self.size)
         self._notes = memoryview(notes).cast("B")
         self._slots = [memory.address + _slots(self.size) + rank * 4 * half for rank in range(self.size)]
+        self._copy_past = copy_past or _copy
         self._turn = 0  # of the halves of slots
         self._calls = 0  # of the halves of notes
         self.end = 0.0  # of the operation under way, by time.perf_counter()
@@ -116,8 +121,9 @@ class Rounds:
         self.meet()
         notes = self._read()
         incoming = [self._block_for_me(rank, receives[rank][1]) if mine is None else mine for rank in range(self.size)]
+        place = self._copy_past if sum(length for _, length in receives) >= LARGE else _copy
         if receives[self.rank][1] and receives[self.rank][0] != sends[self.rank][0]:
-            _copy(receives[self.rank][0], *sends[self.rank])
+            place(receives[self.rank][0], *sends[self.rank])
         rounds = max([1, *(-(-note.longest // window) for note in notes if not note.source)])
         for k in range(rounds):
             if k + 1 < rounds and not direct:
@@ -126,11 +132,11 @@ class Rounds:
                 address, length = receives[rank]
                 source = notes[rank].source
                 if source and k == 0 and length:
-                    _copy(address, source + incoming[rank], length)
+                    place(address, source + incoming[rank], length)
                 here = min(window, length - k * window)
                 if not source and here > 0:
                     half = self._half_of(rank, self._turn + k)
-                    _copy(address + k * window, half + (0 if common else self.rank * window), here)
+                    place(address + k * window, half + (0 if common else self.rank * window), here)
             if k + 1 < rounds:
                 self.meet()
         self._turn += rounds
