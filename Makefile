@@ -1,6 +1,7 @@
 # make demo   a ViT learns real temperature fields on two ranks (about a minute)
 # make test   unit tests, then the same contracts on gloo and MPI
 # make test-faults   every fault and 1,200 random ones, on gloo and MPI, into docs/reliability.md (about 25 minutes)
+# make test-gpu, make bench-gpu   on NVIDIA GPUs, and on all that there are: see tests/gpu/__init__.py and benchmarks/gpu.py
 # make test-torch-programs, make test-torchtitan   torch's programs, and torchtitan's MoE model, on every layer
 # make lint   ruff, mypy, import-linter
 # Each makes its own virtual environment if there is none.
@@ -56,6 +57,16 @@ test-all: test test-openmpi test-torch-programs test-torchtitan
 	  COMMLAYER_BACKEND=gloo $(MAKE) RANKS=$$ranks one-spmd || exit 1; \
 	  COMMLAYER_BACKEND=mpi $(MAKE) RANKS=$$ranks one-spmd || exit 1; \
 	done
+
+# The contracts, streams and parallel modules on GPUs; starts jobs of several ranks by itself.
+.PHONY: test-gpu
+test-gpu: $(BIN)/.ready
+	$(BIN)/python -m pytest -q tests/gpu
+
+# What the layer adds to NCCL, and how fast models train, a rank on each GPU.
+.PHONY: bench-gpu
+bench-gpu: $(BIN)/.ready
+	$(BIN)/torchrun --standalone --nproc-per-node gpu -m benchmarks.gpu --json bench-gpu.json
 
 .PHONY: one-spmd
 one-spmd: $(BIN)/.ready
