@@ -28,7 +28,7 @@ from commlayer.checks import (
 )
 from commlayer.differentiable import Started, Tensor, check_gradient, finished, launch
 from commlayer.group import Group
-from commlayer.layout import destination, flat
+from commlayer.layout import destination, flat, is_part, line
 from commlayer.reduce_op import LINEAR, SUM, ReduceOp, as_reduce_op
 from commlayer.runtime import resolve
 from commlayer.work import Work
@@ -167,7 +167,7 @@ def all_gather(
     """Every rank's ``x``, concatenated along ``dim`` in rank order, on every rank.
 
     ``sizes`` are the extents of ``dim`` per rank where they differ, and given on every rank; 0-dim tensors make a
-    vector. Adjoint: reduce_scatter(SUM). (MPI_Allgather, MPI_Allgatherv.)
+    vector. ``x`` may be this rank's own part of ``out``. Adjoint: reduce_scatter(SUM). (MPI_Allgather, MPI_Allgatherv.)
     """
     g = resolve(group)
     check_tensor(x, g)
@@ -178,6 +178,8 @@ def all_gather(
         check_out(out, shape, x, g)
 
     def start(x: Tensor) -> Started:
+        if out is not None and counts is None and is_part(x, out, g.rank) and g.flat.gathers_in_place(x.dtype):
+            return out, g.flat.all_gather(line(out), line(x), None)
         result, buffer, finish = destination(shape, x, out, dim)
         work = g.flat.all_gather(buffer, flat(x, dim), counts) if buffer.numel() else Work()
         return finished(result, work, finish)

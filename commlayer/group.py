@@ -121,6 +121,10 @@ class Planned:
     def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work:
         return self._run(("all_gather", None, x.dtype, _layout(counts)), (out, x, counts), out.nbytes)
 
+    def gathers_in_place(self, dtype: torch.dtype) -> bool:
+        """Whether an even all_gather takes this rank's own share of ``out`` for ``x``, as native ones do."""
+        return self.plan(Request("all_gather", None, dtype, self._device)).fallback is None
+
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work:
         return self._run(("reduce_scatter", op.name, x.dtype, _layout(counts)), (out, x, op, counts), x.nbytes)
 

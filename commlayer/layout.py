@@ -15,7 +15,7 @@ def flat(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
         x = x.resolve_conj().resolve_neg()
     if dim:
         x = x.movedim(dim, 0)
-    return _line(x.contiguous())
+    return line(x.contiguous())
 
 
 def destination(
@@ -29,7 +29,7 @@ def destination(
     if out is None:
         result = x.new_empty(shape)
         if dim == 0:
-            return result, _line(result), None
+            return result, line(result), None
         lies_right = all(extent == 1 for extent in result.shape[:dim])
     else:
         result = out
@@ -38,16 +38,29 @@ def destination(
         apart = not _overlap(out, x) or (aliases and _same_place(out, x))
         lies_right = lies_right and shown_as_is and apart
     if lies_right:
-        return result, _line(result), None
+        return result, line(result), None
     moved = (*shape[dim : dim + 1], *shape[:dim], *shape[dim + 1 :])
     buffer = x.new_empty(moved)
-    return result, _line(buffer), lambda: result.copy_(buffer.movedim(0, dim) if dim else buffer)
+    return result, line(buffer), lambda: result.copy_(buffer.movedim(0, dim) if dim else buffer)
 
 
-def _line(x: torch.Tensor) -> torch.Tensor:
-    line = x if x.dim() == 1 else x.view(-1)
+def is_part(x: torch.Tensor, out: torch.Tensor, rank: int) -> bool:
+    """Whether ``x`` is the very memory of this rank's part, of equal ones along the slowest dim."""
+    return (
+        x.data_ptr() == out.data_ptr() + rank * x.nbytes
+        and x.nbytes > 0
+        and x.shape[1:] == out.shape[1:]
+        and x.is_contiguous()
+        and out.is_contiguous()
+        and not (x.is_conj() or x.is_neg() or out.is_conj() or out.is_neg())
+    )
+
+
+def line(x: torch.Tensor) -> torch.Tensor:
+    """The elements of a contiguous tensor in a row."""
+    flat = x if x.dim() == 1 else x.view(-1)
     # A single element counts as contiguous whatever its stride, which reading it as another dtype would not.
-    return line if line.stride(0) == 1 else line.as_strided((line.numel(),), (1,))
+    return flat if flat.stride(0) == 1 else flat.as_strided((flat.numel(),), (1,))
 
 
 def _same_place(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from commlayer import AVG, CommError, Group, ReduceOp, UnsupportedOperation, Work
+from commlayer import AVG, CommError, Group, ReduceOp, UnsupportedOperation, Work, empty_symmetric
 
 
 class Reduction(NamedTuple):
@@ -74,7 +74,8 @@ class Bucket:
         self.reduction = reduction
         like = named[0][1]
         total = sum(p.numel() for _, p in named)
-        self.flat = torch.zeros(total + len(named), dtype=like.dtype, device=like.device)
+        # Where ranks share a host, they reduce it in place.
+        self.flat = empty_symmetric(total + len(named), like.dtype, reduction.group).zero_()
         self.flags = self.flat[total:]
         self.slots: list[Slot] = []
         start = 0

@@ -91,9 +91,11 @@ class Flat:
         self.gathering: Work | None = None
         self.full: Tensor | None = None
         if self.whole:
-            self.full = torch.zeros(self.length, dtype=self.dtype, device=self.device)
+            self.full = commlayer.empty_symmetric(self.length, self.dtype, self.over).zero_()
         self.separate = not self.whole or (self.dtype, self.device) != (self.master, self.home)
-        if self.separate:
+        if self.separate and (self.dtype, self.device) == (self.master, self.home):
+            self.shard = commlayer.empty_symmetric(self.chunk, self.master, self.over).zero_()
+        elif self.separate:
             self.shard = torch.zeros(self.chunk, dtype=self.master, device=self.home)
         else:
             assert self.full is not None
@@ -106,6 +108,7 @@ class Flat:
         # Of gradients
         self.overlaps = self.over.size == 1 or self.over.explain("reduce_scatter", dtype=self.reduced).native
         self.local: Tensor | None = None
+        self._settled = settings.stage > 1 or self.over.size == 1  # local is where it stays
         self.have: set[Member] = set()  # whose gradients are in local
         self.used: set[Member] = set()  # whose were in the last reduction
         self.flights: list[_Flight] = []
@@ -179,8 +182,7 @@ class Flat:
         """Where the whole vector is always there: after the shards have changed, put it together anew."""
         assert self.full is not None
         if self.over.size > 1:
-            # A copy, if it has to be: what is sent may not be a part of what is received.
-            mine = self.shard.to(self.device, self.dtype) if self.separate else self.shard.clone()
+            mine = self.shard.to(self.device, self.dtype)
             self.gathering = commlayer.all_gather(mine, group=self.over, out=self.full, async_op=True)
         elif self.separate:
             self.full.copy_(self.shard)
@@ -236,6 +238,10 @@ class Flat:
                 current.wait_stream(stream)
             self._streams.clear()
         local = self._buffer(self.reduced)
+        if not self._settled:
+            # Here, as all ranks come by in one order. From the second backward on, it is reduced where it is.
+            self.local = local = commlayer.empty_symmetric(self.length, local.dtype, self.over).copy_(local)
+            self._settled = True
         for member in self.members:
             if member not in self.have:
                 local[member.start : member.stop].zero_()
