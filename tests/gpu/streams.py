@@ -8,7 +8,6 @@ On a CPU, which has no streams, torch's stand-ins for them do nothing, and the v
 - Data parallelism reduces gradients that come from several streams.
 """
 
-import gc
 import time
 import warnings
 from functools import cache
@@ -165,7 +164,6 @@ def check_handle_dropped(group, name):
     streams_of(group).synchronize()
     busy(group)
     function(mine + 0, out=out, async_op=True)
-    gc.collect()
     overwrite([(mine.shape, mine.dtype)], group)
     arrived(group, function(mine), expected, f"{name}, after one whose handle was dropped")
     if group.backend in ("nccl", "single"):  # others finish some operations in wait()
