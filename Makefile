@@ -3,6 +3,7 @@
 # make test-faults   every fault and 1,200 random ones, on gloo and MPI, into docs/reliability.md (about 25 minutes)
 # make test-gpu, make bench-gpu   on NVIDIA GPUs, and on all that there are: see tests/gpu/__init__.py and benchmarks/gpu.py
 # make test-torch-programs, make test-torchtitan   torch's programs, and torchtitan's MoE model, on every layer
+# make bench-check   has a collective become slow? (one to five minutes, on a machine that does nothing else)
 # make lint   ruff, mypy, import-linter
 # Each makes its own virtual environment if there is none.
 
@@ -17,7 +18,7 @@ export OMP_NUM_THREADS = 1
 MPIEXEC := $(BIN)/mpiexec -n $(RANKS) $(BIN)/python -m pytest -q --with-mpi tests/spmd
 TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m pytest -q tests/spmd
 
-.PHONY: demo test test-unit test-spmd test-faults test-all test-openmpi test-torch-programs test-torchtitan lint format clean
+.PHONY: demo test test-unit test-spmd test-faults test-all test-openmpi test-torch-programs test-torchtitan bench-check lint format clean
 
 demo: $(BIN)/.ready
 	$(BIN)/commlayer demo
@@ -86,6 +87,10 @@ test-torch-programs: $(BIN)/.ready
 TORCHTITAN := .venv-torchtitan/bin
 test-torchtitan: $(TORCHTITAN)/.ready
 	$(TORCHTITAN)/python -m pytest -q tests/torchtitan
+
+# Ratios to gloo and mpi4py, against benchmarks/results/guard.json; `python -m benchmarks.check --record` writes that.
+bench-check: $(BIN)/.ready
+	$(BIN)/python -m benchmarks.check
 
 lint: $(BIN)/.ready
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from commlayer.bench.groups import on_backend, under_mpi, without
 from commlayer.bench.measure import Run
 from commlayer.bench.operations import OPERATIONS, ROOT, Case, fill
 from commlayer.bench.spellings import IN_PLACE, Spellings, commlayer_spellings, mpi4py_spellings, torch_spellings
-from commlayer.capability import PAIRED, CapabilitySet, Request, profile_for
+from commlayer.capability import PAIRED, CapabilitySet, Request, parse_disabled, profile_for
 from commlayer.group import Group
 
 RUBBISH = 0xA5  # in every byte of an output that nothing was written to
@@ -73,7 +73,8 @@ class Contender:
 def contenders(world: Group, largest: int, disabled: tuple[str, ...] = ()) -> list[Contender]:
     """All that can be compared here, for arrays of up to ``largest`` bytes; called by every rank.
 
-    ``disabled``: for each of these texts, as COMMLAYER_DISABLE has them, the layer without those capabilities.
+    ``disabled``: for each of these texts, as COMMLAYER_DISABLE has them, the layer without those capabilities, at the
+    operation that it names first.
     """
     ordinary = Memory(lambda size: torch.empty(size, dtype=torch.uint8), largest)
     symmetric = Memory(lambda size: commlayer.empty_symmetric((size,), dtype=torch.uint8, group=world), largest)
@@ -94,12 +95,15 @@ def contenders(world: Group, largest: int, disabled: tuple[str, ...] = ()) -> li
     for text in disabled:
         group = without(world, text)
         emulated = _commlayer(f"without {text}", f"commlayer without {text}", group, ordinary)
-        found.append(replace(emulated, supports=_differs(group, bare)))
+        found.append(replace(emulated, supports=_emulates(text, group, bare)))
     return found
 
 
-def _differs(group: Group, bare: Group) -> Callable[[Case], bool]:
-    return lambda case: plan(group, case) != plan(bare, case)
+def _emulates(text: str, group: Group, bare: Group) -> Callable[[Case], bool]:
+    """Whether a case is the operation that ``text`` names first, and the group does it in another way than natively."""
+    first = next(iter(parse_disabled(text)[0].ops or ()))
+    op = "sendrecv" if first in PAIRED else first
+    return lambda case: case.op == op and plan(group, case) != plan(bare, case)
 
 
 def _commlayer(key: str, label: str, group: Group, memory: Memory) -> Contender:
@@ -107,12 +111,18 @@ def _commlayer(key: str, label: str, group: Group, memory: Memory) -> Contender:
 
 
 def plan(group: Group, case: Case) -> str:
-    """How the group does it: by ``shared memory``, ``native``, or the fallback's name."""
+    """How the group does it: by ``shared memory``, ``native``, or the fallbacks from the outermost on."""
     op = "send" if case.op == "sendrecv" else case.op
     found = group.explain(op, reduce=case.reduce, dtype=case.dtype).plan
     if case.nbytes >= found.shared_from:
         return "shared memory"
-    return found.fallback.name if found.fallback is not None else "native"
+    names = []
+    while found.fallback is not None:
+        names.append(found.fallback.name)
+        if not found.parts:
+            break
+        found = found.parts[0]
+    return ", ".join(names) or "native"
 
 
 def _torch(world: Group, memory: Memory) -> Contender:

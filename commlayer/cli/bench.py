@@ -64,7 +64,7 @@ def main(
     ] = 1,
     disable: Annotated[
         list[str] | None,
-        typer.Option(metavar="ROWS", help="Also measure the layer without these capabilities, as all_to_all,send."),
+        typer.Option(metavar="ROWS", help="Also the first of these operations without any of them: all_to_all,send."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="About a minute: fewer sizes, up to 16 MiB.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures here.")] = None,
@@ -91,8 +91,8 @@ def main(
     largest = _read("--maxbytes", maxbytes or preset.maxbytes, parse_size)
     if smallest > largest:
         raise ValueError(f"--minbytes {minbytes}: more than --maxbytes {maxbytes or preset.maxbytes}")
-    for text in disable or ():
-        parse_disabled(text)
+    if not all(map(parse_disabled, disable or ())):
+        raise ValueError("--disable: names no operation")
     if report is not None and importlib.util.find_spec("matplotlib") is None:
         raise BackendUnavailable("--report: needs matplotlib; pip install 'commlayer[bench]'")
     for file in filter(None, (json_file, report)):

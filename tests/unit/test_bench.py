@@ -12,8 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 import commlayer
+from benchmarks import check as guard
+from benchmarks import collectives
 from commlayer.bench import contenders as rivals
 from commlayer.bench import page, report
+from commlayer.bench.groups import without
 from commlayer.bench.measure import Effort, Run, Series, measure, speedup, summary
 from commlayer.bench.operations import OPERATIONS, ROOT, Case, cases, fill, parse_dtypes, parse_ops, parse_size, wrong
 from commlayer.bench.sweep import LIMIT, SCHEMA, case_rows, sweep, wrong_rows
@@ -25,6 +28,13 @@ from tests.unit.test_cli import OURS
 from tests.unit.test_cli import ROOT as REPOSITORY
 
 FAST = Effort(iters=2, warmup=0, check=1, seconds=0.0)
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """No launcher, no settings."""
+    for name in filter(OURS.match, list(os.environ)):
+        monkeypatch.delenv(name)
 
 
 def case(op, ranks=4, elements=24, dtype=torch.float32, reduce=SUM):
@@ -216,8 +226,10 @@ def swept():
     """A report of every operation, on ranks that are threads."""
 
     def rank():
-        todo = cases(list(OPERATIONS), [torch.float32], 16, 8192, 512, 3, SUM)
-        todo += cases(["all_gather"], [torch.bool], 16, 8192, 512, 3, SUM)
+        curves = ["all_reduce", "all_to_all"]
+        todo = cases(curves, [torch.float32], 16, 8192, 512, 3, SUM)
+        todo += cases([op for op in OPERATIONS if op not in curves], [torch.float32], 8192, 8192, 2, 3, SUM)
+        todo += cases(["all_gather"], [torch.bool], 8192, 8192, 2, 3, SUM)
         return sweep(commlayer.world(), todo, FAST, disabled=("all_to_all",))
 
     before = sys.getswitchinterval()
@@ -251,6 +263,14 @@ def test_an_emulation_is_measured_where_it_is_one(swept):
     emulated = [row for row in swept["rows"] if row["implementation"] == "without all_to_all"]
     assert {row["op"] for row in emulated} == {"all_to_all"}
     assert {row["how"] for row in emulated} == {"pairwise"}
+
+
+def test_the_fallbacks_of_an_emulation_are_named():
+    def rank():
+        group = without(commlayer.world(), "broadcast")
+        return [rivals.plan(group, case(op)) for op in ("broadcast", "all_reduce")]
+
+    assert commlayer.run_local(rank, ranks=4)[0] == ["same_bits_as_integers, sum_with_zeros", "native"]
 
 
 def test_rows_say_how_fast_each_is():
@@ -308,11 +328,10 @@ def test_rates(gbs, text):
 
 def test_the_page_needs_no_other_file(swept, tmp_path):
     pytest.importorskip("matplotlib")
-    swept = swept | {"rows": [row for row in swept["rows"] if row["op"] in ("all_reduce", "all_to_all", "barrier")]}
     (file,) = page.save(swept, tmp_path / "bench.html")
     text = file.read_text(encoding="utf-8")
     sources = re.findall(r"""(?:src|href)=["']?([^"'> ]{5})""", text)
-    assert len(sources) == 1 + sum(1 for name, _ in report.panels(swept) if name != "barrier")
+    assert len(sources) == 3  # two operations of several sizes, and an overview
     assert set(sources) == {"data:"}
     assert "http" not in re.sub(r'src="[^"]*"', "", text)
     for name, _ in report.panels(swept):
@@ -323,14 +342,50 @@ def test_the_page_needs_no_other_file(swept, tmp_path):
     assert tmp_path / "folder" / "all_reduce-sum-float32.png" in pictures
 
 
+# the guard ------------------------------------------------------------------------------------------------
+
+
+def reported(**times):
+    """A report of one case on the base and on ours, as the guard reads it."""
+    return {
+        "rows": [
+            {"op": "all_reduce", "dtype": "float32", "bytes": 8, "implementation": key, "us_least": us}
+            for key, us in times.items()
+        ]
+    }
+
+
+def test_the_guard_sees_twice_as_slow_and_no_noise():
+    case = "all_reduce float32 8 commlayer"
+    recorded = guard.ratios(guard.pooled({}, reported(gloo=100.0, mpi4py=2.0, commlayer=10.0)))
+    assert recorded == {case: {"gloo": 0.1, "mpi4py": 5.0}}
+
+    def slower(*reports):
+        least = {}
+        for one in reports:
+            least = guard.pooled(least, one)
+        return guard.slower(recorded, guard.ratios(least))
+
+    assert slower(reported(gloo=100.0, mpi4py=2.0, commlayer=10.0)) == {}
+    assert slower(reported(gloo=100.0, mpi4py=2.0, commlayer=20.0)) == {case: 2.0}
+    assert slower(reported(gloo=200.0, mpi4py=4.0, commlayer=20.0)) == {}  # a slower machine
+    assert slower(reported(gloo=100.0, mpi4py=1.0, commlayer=10.0)) == {}  # a faster mpi4py is no fault of ours
+    busy, quiet = (reported(gloo=100.0, mpi4py=2.0, commlayer=us) for us in (900.0, 11.0))
+    assert slower(busy) == {case: 90.0}
+    assert slower(busy, quiet) == {}
+    assert slower(reported(gloo=100.0, mpi4py=2.0)) == {case: float("inf")}  # it was not even measured
+
+
+def test_what_the_guard_measures_exists(bare, monkeypatch):
+    """Its command line is one that the command takes."""
+    monkeypatch.setattr(cli, "start", lambda *arguments: None)
+    options = ["--ops", guard.OPS, *guard.SIZES, "-n", "15", "-r", "2", "--backend", "gloo", "--json", "guard.json"]
+    assert CliRunner().invoke(app, ["bench", *options]).exit_code == 0
+    line = collectives.command(4, "gloo", ["-f", "8"])
+    assert CliRunner().invoke(app, line[3:]).exit_code == 0
+
+
 # the command ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def bare(monkeypatch):
-    """No launcher, no settings."""
-    for name in filter(OURS.match, list(os.environ)):
-        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize(
