@@ -28,7 +28,7 @@ from commlayer.checks import (
 )
 from commlayer.differentiable import Started, Tensor, check_gradient, finished, launch
 from commlayer.group import Group
-from commlayer.layout import destination, flat, is_part, line
+from commlayer.layout import destination, flat, is_part, line, side_by_side
 from commlayer.reduce_op import LINEAR, SUM, ReduceOp, as_reduce_op
 from commlayer.runtime import resolve
 from commlayer.work import Work
@@ -57,6 +57,8 @@ def all_reduce(
         check_out(out, x.shape, x, g)
 
     def start(x: Tensor) -> Started:
+        if (right := side_by_side(x, out)) is not None and x.numel():
+            return right, g.flat.all_reduce(right, x, op)
         result, buffer, finish = destination(x.shape, x, out, aliases=True)
         work = g.flat.all_reduce(buffer, flat(x), op) if x.numel() else Work()
         return finished(result, work, finish)

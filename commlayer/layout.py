@@ -18,6 +18,23 @@ def flat(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
     return line(x.contiguous())
 
 
+def side_by_side(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
+    """The quick way to a destination for values of the same shape, where ``x`` and ``out`` lie as they should, in a row.
+
+    That is a new tensor or ``out`` itself, either the same memory as ``x`` or apart from it; else None.
+    """
+    if x.dim() != 1 or not x.is_contiguous() or x.is_neg() or x.is_conj() or x.stride(0) != 1:
+        return None
+    if out is None:
+        return torch.empty_like(x)
+    if out is x:
+        return x
+    if not out.is_contiguous() or out.is_neg() or out.is_conj() or out.stride(0) != 1:
+        return None
+    ours, theirs, size = x.data_ptr(), out.data_ptr(), x.nbytes
+    return out if ours == theirs or ours + size <= theirs or theirs + size <= ours else None
+
+
 def destination(
     shape: Sequence[int], x: torch.Tensor, out: torch.Tensor | None = None, dim: int = 0, aliases: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, Finish]:

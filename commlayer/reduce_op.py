@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -79,6 +80,7 @@ def as_reduce_op(op: ReduceOp | str) -> ReduceOp:
     raise ValueError(f"op: expected one of {', '.join(BY_NAME)} or premul_sum(factor), got {op!r}")
 
 
+@cache  # asked in every call
 def meaningless(op: str, dtype: torch.dtype) -> str | None:
     """Why ``op`` has no meaning on ``dtype``; None where it has one."""
     if op in ("sum", "product") and not is_fp8(dtype):

@@ -38,6 +38,7 @@ _generation = 0  # how often init has connected
 _timeout = DEFAULT_TIMEOUT  # of the last world, in seconds
 _with_the_world: list[Callable[[], None]] = []  # what ends first: torch.distributed, where it runs on the layer
 _thread = threading.local()  # .world, in a thread of run_local
+_runs = 0  # of run_local, under way: looking into _thread takes time
 
 
 def init(backend: str | None = None, *, timeout: float | None = None) -> Group:
@@ -193,7 +194,7 @@ def inside_run_local() -> bool:
 def resolve(group: Group | None) -> Group:
     """The group an operation runs on: the world where none is given."""
     if group is None:
-        return world()
+        return _world if _world is not None and not _runs else world()
     if not isinstance(group, Group):
         raise TypeError(f"group: expected a commlayer Group, got {type(group).__name__}")
     return group
@@ -224,6 +225,8 @@ def run_local(
     results: list[Any] = [None] * ranks
     errors: list[tuple[int, BaseException]] = []
 
+    global _runs
+
     def run(seat: threads.Threads) -> None:
         control = board.seats[seat.rank]
         try:
@@ -237,10 +240,14 @@ def run_local(
             _thread.world = None
 
     started = [threading.Thread(target=run, args=(seat,), daemon=True) for seat in seats]
-    for thread in started:
-        thread.start()
-    for thread in started:
-        thread.join()
+    _runs += 1
+    try:
+        for thread in started:
+            thread.start()
+        for thread in started:
+            thread.join()
+    finally:
+        _runs -= 1
     if errors:
         # Lost peers are a consequence; the error that started it is the news.
         raise min(errors, key=lambda item: (isinstance(item[1], PeerLost), item[0]))[1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -75,13 +76,10 @@ class MpiCommunicator(Communicator):
         return " ".join(MPI.Get_library_version().split("\n")[0].strip("\0 ").split())
 
     def all_reduce(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp) -> Work:
-        datatype, count = DATATYPES[x.dtype], x.numel()
-        target = out.data_ptr()
         scaled = x if op.factor is None else premultiplied(x, op)
-        source = scaled.data_ptr()
-        send = MPI.IN_PLACE if source == target else (_address(source, x.nbytes), count, datatype)
-        receive = (_address(target, out.nbytes), count, datatype)
-        request = self._comm.Iallreduce(send, receive, OPERATIONS[op.name])
+        source, target, size, dtype = scaled.data_ptr(), out.data_ptr(), x.nbytes, x.dtype
+        send = MPI.IN_PLACE if source == target else _place(source, size, dtype)
+        request = self._comm.Iallreduce(send, _place(target, size, dtype), OPERATIONS[op.name])
         return Pending(self, request, "all_reduce", out, scaled)
 
     def reduce(self, out: torch.Tensor | None, x: torch.Tensor, op: ReduceOp, dst: int) -> Work:
@@ -219,7 +217,12 @@ def _translated(action: Callable[[], MpiCommunicator]) -> MpiCommunicator:
 
 
 def _buffer(x: torch.Tensor) -> tuple[Any, int, Any]:
-    return _address(x.data_ptr(), x.nbytes), x.numel(), DATATYPES[x.dtype]
+    return _place(x.data_ptr(), x.nbytes, x.dtype)
+
+
+@lru_cache(maxsize=1024)  # programs reduce the same buffers again and again; this holds none of them alive
+def _place(address: int, size: int, dtype: torch.dtype) -> tuple[Any, int, Any]:
+    return _address(address, size), size // dtype.itemsize, DATATYPES[dtype]
 
 
 def _bytes(x: torch.Tensor) -> tuple[Any, int, Any]:
