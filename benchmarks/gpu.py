@@ -18,18 +18,19 @@ part
 ========  ==========================================================================================================
 overhead  microseconds a call, 8 B … 256 MiB, A B A B in one run. ``host``: until a call has returned, while the GPU
           sleeps. ``device``: between CUDA events around 20 calls (5 above 1 MiB) that were all issued before the first
-          one began, so that no host is waited for. ``async_op``: NCCL on a stream of its own, as the layer calls it;
+          one began, so that no host is waited for. ``async_op``: NCCL on a stream of its own;
           without, torch runs it on the current stream (since 2.8), which saves two events.
 step      milliseconds of a training step of a transformer with 25 M parameters, no CUDA graph: torch's DDP on NCCL
           itself and on the layer, and parallel.DataParallel
-vit       the ladder of NERSC's "Deep Learning at Scale" on the ViT of 21 M parameters for 20 × 360 × 720 points, batch
+vit       the ladder of NERSC's "Deep Learning at Scale" on the ViT of 24 M parameters for 20 × 360 × 720 points, batch
           16 a GPU or the largest half of it that fits: float32, TF32, AMP, compile and fused Adam. Samples are random
           and on the device already: no figure has the loading in it that the published ones of one A100 have.
 moe       tokens a second of a DeepSeek-MoE with 1 B parameters (models/moe_sizes.py), experts on every rank, spread
-          over all, or none. MFU = tokens/s · FLOPs per token ÷ (ranks · peak), the FLOPs being 6 · N + 12 · depth ·
-          embed · tokens with N the active parameters that are multiplied with (models/flops.py: PaLM, arXiv:2204.02311,
-          appendix B; torchtitan's formula is the same but for norms), the peak that of dense bfloat16 products in the
-          device's data sheet (models/devices.py). A device that is not there has no MFU.
+          over all, or none; 4 × 512 and 16 × 2048 tokens a GPU, or what fits. MFU = tokens/s · FLOPs per token ÷
+          (ranks · peak), the FLOPs being 6 · N + 12 · depth · embed · tokens with N the active parameters that are
+          multiplied with (models/flops.py: PaLM, arXiv:2204.02311, appendix B; torchtitan's formula is the same but
+          for norms), the peak that of dense bfloat16 products in the device's data sheet (models/devices.py). A device
+          that is not there has no MFU.
 ========  ==========================================================================================================
 
 Each time is the median over rounds of the slowest rank's; memory is the peak of what PyTorch has allocated.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -150,10 +151,10 @@ def step(groups: Groups, sizes: Sizes, rounds: int) -> list[Row]:
     group, device = groups.ours, groups.ours.device
     torch.manual_seed(0)
     plain = transformer(sizes.width, sizes.depth).to(device)
-    ddp, options = nn.parallel.DistributedDataParallel, {"gradient_as_bucket_view": True}
+    ddp = partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
     models = {
-        f"DDP on {group.backend}": ddp(copy.deepcopy(plain), process_group=groups.raw, **options),
-        f"DDP on commlayer on {group.backend}": ddp(copy.deepcopy(plain), process_group=groups.through, **options),
+        f"DDP on {group.backend}": ddp(copy.deepcopy(plain), process_group=groups.raw),
+        f"DDP on commlayer on {group.backend}": ddp(copy.deepcopy(plain), process_group=groups.through),
         "commlayer DataParallel": DataParallel(copy.deepcopy(plain), group),
     }
     torch.manual_seed(group.rank)

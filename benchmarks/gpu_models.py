@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from parallel import DataParallel, autocast, clip_grad_norm_
 
 GIB = 2**30
 Row = dict[str, Any]
+Step = Callable[..., None]  # of training; with False, of this rank alone
 
 
 class Rung(NamedTuple):
@@ -60,13 +63,9 @@ def vit(group: Group, sizes: Sizes, rounds: int) -> list[Row]:
     try:
         for rung in LADDER:
             torch.set_float32_matmul_precision("high" if rung.tf32 else "highest")
-            batch = sizes.batch
-            while not fits(lambda: vit_step(rung, sizes.vit, batch, group)(False), group):  # noqa: B023 (called at once)
-                if batch == 1:
-                    raise MemoryError(f"vit, {rung.name}: not even one sample fits on {device_name(group)}")
-                batch //= 2
-            reset(group)
-            step = vit_step(rung, sizes.vit, batch, group)
+            make = partial(vit_step, rung, sizes.vit, group)
+            batch = largest_batch(make, sizes.batch, group)
+            step = make(batch)
             seconds = step_seconds(step, group, rounds)
             rate = batch * group.size / seconds
             row = {"rung": rung.name, "batch": batch, "ms": seconds * 1e3, "samples_per_second": rate}
@@ -77,8 +76,8 @@ def vit(group: Group, sizes: Sizes, rounds: int) -> list[Row]:
     return rows
 
 
-def vit_step(rung: Rung, config: ViTConfig, batch: int, group: Group) -> Callable[..., None]:
-    """A step of training; with False, of this rank alone."""
+def vit_step(rung: Rung, config: ViTConfig, group: Group, batch: int) -> Step:
+    """A step of training on ``batch`` samples a rank."""
     device = group.device
     torch.manual_seed(0)
     inner = ViT(config).to(device)
@@ -95,25 +94,31 @@ def vit_step(rung: Rung, config: ViTConfig, batch: int, group: Group) -> Callabl
         with autocast(rung.amp, device):
             forecast = model(x)
         loss = (forecast.float() - y).square().mean()
-        if together:
+        with nullcontext() if together else model.no_sync():
             loss.backward()
-        else:
-            with model.no_sync():
-                loss.backward()
         optimizer.step()
 
     return step
 
 
-def fits(trial: Callable[[], object], group: Group) -> bool:
-    """Whether it does on every rank; a trial that runs out of memory must not leave the others waiting. Collective."""
-    try:
-        trial()
-        mine = True
-    except torch.OutOfMemoryError:
-        mine = False
-    reset(group)
-    return all(commlayer.all_gather_object(mine, group=group))
+def largest_batch(make: Callable[[int], Step], batch: int, group: Group) -> int:
+    """This one, or the largest half of a half … of it with which a step fits on every rank. Collective.
+
+    Steps without communication try it: a rank that runs out of memory must not leave the others waiting.
+    """
+    while True:
+        reset(group)
+        try:
+            make(batch)(False)
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        reset(group)
+        if all(commlayer.all_gather_object(fits, group=group)):
+            return batch
+        if batch == 1:
+            raise MemoryError(f"not even a batch of 1 fits on {device_name(group)}")
+        batch //= 2
 
 
 def reset(group: Group) -> None:
@@ -127,16 +132,17 @@ def reset(group: Group) -> None:
 def moe(group: Group, sizes: Sizes, rounds: int) -> list[Row]:
     """Tokens/s over all ranks, MFU and memory: all experts on every rank, spread over the ranks, and none. Collective.
 
-    A model that does not fit ends the job where there are several ranks, as it would in training.
+    All with the largest batches up to ``sizes.batches`` that fit where every rank has all experts.
     """
     config, peak, rows = LanguageModelConfig.named(sizes.moe), bf16_peak(device_name(group)), []
     variants = {"no EP": (config, 1), "dense": (config.dense(), 1)}
     if group.size > 1:
         variants |= {f"EP {group.size}": (config, group.size)}
+    batches = [(largest_batch(partial(moe_step, config, 1, t, group), b, group), t) for b, t in sizes.batches]
     for name, (made, ep) in variants.items():
-        for batch, tokens in sizes.batches:
+        for batch, tokens in batches:
             reset(group)
-            step = moe_step(made, ep, batch, tokens, group)
+            step = moe_step(made, ep, tokens, group, batch)
             seconds = step_seconds(step, group, rounds)
             rate, flops = batch * tokens * group.size / seconds, flops_per_token(made, tokens)
             mfu = None if peak is None else rate * flops / (peak * group.size)
@@ -147,8 +153,8 @@ def moe(group: Group, sizes: Sizes, rounds: int) -> list[Row]:
     return rows
 
 
-def moe_step(config: LanguageModelConfig, ep: int, batch: int, tokens: int, group: Group) -> Callable[[], None]:
-    """A step of training in bfloat16 autocast, parameters and fused AdamW in float32, gradients clipped."""
+def moe_step(config: LanguageModelConfig, ep: int, tokens: int, group: Group, batch: int) -> Step:
+    """A step of training on ``batch`` sequences a rank: bfloat16 by autocast, clipped, fused AdamW in float32."""
     mesh = Mesh(f"dp={group.size}", group=group)
     experts = mesh.fold(f"ep={ep}") if config.every else None
     torch.manual_seed(0)
@@ -158,15 +164,17 @@ def moe_step(config: LanguageModelConfig, ep: int, batch: int, tokens: int, grou
     draw = torch.Generator().manual_seed(group.rank)
     ids = torch.randint(config.vocab_size, (batch, tokens + 1), generator=draw).to(group.device)
 
-    def step() -> None:
+    def step(together: bool = True) -> None:
         optimizer.zero_grad()
         with autocast("bf16", group.device):
             found = model(ids[:, :-1], ids[:, 1:])
         loss = found.loss / (batch * tokens)
         for load in found.loads:
             loss = loss + load.loss * group.size
-        loss.backward()
-        clip_grad_norm_(model, 1.0, mesh=mesh)
+        with nullcontext() if together else model.no_sync():
+            loss.backward()
+        if together:
+            clip_grad_norm_(model, 1.0, mesh=mesh)
         optimizer.step()
 
     return step

@@ -86,7 +86,7 @@ def test_half_the_batch_where_it_does_not_fit(monkeypatch):
     """On all ranks, where it does not on one."""
     tried = []
 
-    def step(rung, config, batch, group):
+    def step(rung, config, group, batch):
         def one(together=True):
             if not together and batch > 2 and group.rank == 1:
                 tried.append(batch)
