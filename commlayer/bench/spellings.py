@@ -21,6 +21,10 @@ Call = Callable[[], object]
 Spelling = Callable[[Case, torch.Tensor, torch.Tensor], Call]  # (case, input, output) -> what is timed
 Spellings = dict[str, Spelling]
 
+# By their names since torch 2.13, where the old ones warn.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 IN_PLACE = ("all_reduce", "broadcast")  # the output is the input, too
 
 
@@ -67,8 +71,8 @@ def torch_spellings(rank: int, size: int) -> Spellings:
         "all_reduce": lambda c, x, out: lambda: dist.all_reduce(out, op(c)),
         "reduce": lambda c, x, out: lambda: dist.reduce(out, ROOT, op(c)),
         "broadcast": lambda c, x, out: lambda: dist.broadcast(out, ROOT),
-        "all_gather": lambda c, x, out: lambda: dist.all_gather_into_tensor(out, x),
-        "reduce_scatter": lambda c, x, out: lambda: dist.reduce_scatter_tensor(out, x, op(c)),
+        "all_gather": lambda c, x, out: lambda: all_gather_single(out, x),
+        "reduce_scatter": lambda c, x, out: lambda: reduce_scatter_single(out, x, op(c)),
         "all_to_all": lambda c, x, out: lambda: dist.all_to_all_single(out, x),
         "gather": gather,
         "scatter": scatter,

@@ -151,6 +151,8 @@ def _progress(total: int, shown: bool) -> Iterator[Callable[[int, str], None] | 
         yield None
         return
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=out, transient=True) as bar:
+    # Drawn between cases alone: a thread that draws would disturb what is measured.
+    with Progress(*columns, console=out, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("limits of the machine", total=total)
-        yield lambda done, now: bar.update(task, completed=done, description=now)
+        bar.refresh()
+        yield lambda done, now: bar.update(task, completed=done, description=now, refresh=True)
