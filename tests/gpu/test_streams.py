@@ -23,6 +23,11 @@ def test_the_host_does_not_wait(everyone, agreed, name):
     agreed(lambda: streams.check_host_does_not_wait(everyone, name))
 
 
+@pytest.mark.parametrize("name", streams.NATIVE)
+def test_with_a_limit_the_host_waits(everyone, agreed, name):
+    agreed(lambda: streams.check_host_waits_with_a_limit(everyone, name))
+
+
 @pytest.mark.parametrize("name", streams.COLLECTIVES)
 def test_the_handle_is_dropped(everyone, agreed, name):
     agreed(lambda: streams.check_handle_dropped(everyone, name))

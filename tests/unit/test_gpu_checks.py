@@ -30,6 +30,7 @@ def test_streams(check):
 
 def test_the_host_and_handles():
     on_ranks(lambda group: [streams.check_host_does_not_wait(group, name) for name in streams.NATIVE])
+    on_ranks(lambda group: [streams.check_host_waits_with_a_limit(group, name) for name in streams.NATIVE])
     on_ranks(lambda group: [streams.check_handle_dropped(group, name) for name in streams.COLLECTIVES])
 
 
