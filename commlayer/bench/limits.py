@@ -39,13 +39,15 @@ class Floor:
         return self.kernel(OPERATIONS[case.op].kernel, case.traffic, case.dtype)
 
     def kernel(self, name: str, traffic: int, dtype: torch.dtype) -> Run:
-        """Copy or add so that ``traffic`` bytes are read or written; at least an element."""
+        """Copy or add so that ``traffic`` bytes are read or written, or an element; what torch cannot add is copied."""
+        if not _adds(dtype):
+            name = "copy"
         count = max(1, traffic // KERNELS[name] // dtype.itemsize)
         a, b, c = (
             self._memory[: KERNELS[name] * count * dtype.itemsize].view(dtype)[place * count : (place + 1) * count]
             for place in (0, KERNELS[name] - 2, KERNELS[name] - 1)
         )
-        call = (lambda: torch.add(a, b, out=c)) if name == "add" and _adds(dtype) else (lambda: c.copy_(a))
+        call = (lambda: torch.add(a, b, out=c)) if name == "add" else (lambda: c.copy_(a))
         return Run(call, lambda: None)
 
 

@@ -25,6 +25,7 @@ BATCH = 1e-3  # seconds of calls that are timed together
 MOST = 100  # calls of a batch
 LEVEL = 5e-3  # seconds of a call from which on nobody minds how far ranks leave a barrier apart
 MEETING = 200e-6  # seconds that a barrier may take, for estimates
+FEWEST = 5  # samples, unless even fewer are asked for
 WARM = 0.5  # seconds of warm-up that suffice
 
 
@@ -44,9 +45,7 @@ class Effort:
     iters: int = 20  # samples of each implementation, at most
     warmup: int = 5  # calls before them, at most
     check: int = 1  # calls after them whose results are compared; 0: no result is
-    seconds: float = 2.0  # for one case, all implementations together; at least LEAST samples are taken
-
-    LEAST = 5
+    seconds: float = 2.0  # for one case, all implementations together; FEWEST samples are taken in any case
 
 
 class Series(NamedTuple):
@@ -80,7 +79,7 @@ def measure(case: Case, runs: Mapping[str, Run], group: Group, effort: Effort) -
     calls = {name: max(1, min(MOST, int(BATCH / t))) for name, t in zip(runs, expected, strict=True)}
     level = {name: t < LEVEL for name, t in zip(runs, expected, strict=True)}
     round_takes = sum((calls[name] + level[name]) * t + MEETING for name, t in zip(runs, expected, strict=True))
-    rounds = max(min(Effort.LEAST, effort.iters), min(effort.iters, int(effort.seconds / round_takes)))
+    rounds = max(min(FEWEST, effort.iters), min(effort.iters, int(effort.seconds / round_takes)))
     times = torch.empty(len(runs), rounds, dtype=torch.float64)
     errors = torch.zeros(len(runs), dtype=torch.int64)
     with _no_collector():

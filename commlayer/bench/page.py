@@ -76,12 +76,17 @@ def _table(report: Report, rows: Iterable[Row]) -> str:
     return "".join([*lines, "</table>"])
 
 
+def is_page(target: Path) -> bool:
+    """Whether a report is to be one file, and not a folder."""
+    return target.suffix.lower() in (".html", ".htm")
+
+
 def save(report: Report, target: Path) -> list[Path]:
-    """Write ``target`` if it ends in .html, else index.html and the pictures into that folder; what was written."""
+    """Write one page, if ``target`` is called so, or a folder of index.html and the pictures; returns the files."""
     from commlayer.bench.plots import pictures  # matplotlib is an extra
 
     drawn = pictures(report)
-    if target.suffix.lower() in (".html", ".htm"):
+    if is_page(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(page(report, drawn), encoding="utf-8")
         return [target]

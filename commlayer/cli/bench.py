@@ -95,9 +95,8 @@ def main(
         raise ValueError("--disable: names no operation")
     if report is not None and importlib.util.find_spec("matplotlib") is None:
         raise BackendUnavailable("--report: needs matplotlib; pip install 'commlayer[bench]'")
-    for file in filter(None, (json_file, report)):
-        if not os.access(file.absolute().parent, os.W_OK):
-            raise ValueError(f"{file}: no folder to write to at {file.absolute().parent}")
+    _check_target("--json", json_file, folder=False)
+    _check_target("--report", report, folder=report is not None and not page.is_page(report))
     if discover().launcher == "none":
         _show_through()
         return start(ranks or 2, ["-m", "commlayer", *sys.argv[1:]], _startable(backend.lower()), {})
@@ -127,6 +126,16 @@ def _read(option: str, text: str, parse: Callable[[str], T]) -> T:
         return parse(text)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from None
+
+
+def _check_target(option: str, target: Path | None, folder: bool) -> None:
+    """That it can be written, before all is measured."""
+    if target is None:
+        return
+    if not os.access(target.absolute().parent, os.W_OK):
+        raise ValueError(f"{option} {target}: no folder to write to at {target.absolute().parent}")
+    if target.exists() and target.is_dir() != folder:
+        raise ValueError(f"{option} {target}: is {'no folder' if folder else 'a folder'}")
 
 
 def _startable(backend: str) -> str:

@@ -400,6 +400,8 @@ def test_what_the_guard_measures_exists(bare, monkeypatch):
         (["--disable", "flying"], "'flying' matches nothing"),
         (["--json", "/nowhere/at/all.json"], "/nowhere/at/all.json: no folder to write to"),
         (["--report", "/nowhere/at/all"], "/nowhere/at/all: no folder to write to"),
+        (["--json", "/tmp"], "--json /tmp: is a folder"),
+        (["--report", __file__], "test_bench.py: is no folder"),
         (["-r", "2", "--backend", "threads"], "--backend threads"),
     ],
 )
