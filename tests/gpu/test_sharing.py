@@ -33,7 +33,7 @@ def first_gpu():
     return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
-CONTRACTS = ("test_contracts.py", "test_streams.py", "test_parallel.py")
+CONTRACTS = ("test_contracts.py", "test_parallel.py", "test_streams.py")
 
 
 @pytest.mark.timeout(60 * MINUTES + 60)
