@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import commlayer
 from commlayer.capability import EVERYTHING
 from commlayer.fallbacks import all_to_all as emulations
-from commlayer.group import Group, Planned
+from commlayer.group import Group
+from commlayer.planned import Planned
 
 LOWERINGS = ("pairwise", "padded_all_gather", "broadcasts")
 

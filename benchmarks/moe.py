@@ -34,7 +34,7 @@ import commlayer
 from benchmarks.memory import MIB, Alive
 from commlayer import Group, Mesh
 from commlayer.capability import parse_disabled
-from commlayer.group import Planned
+from commlayer.planned import Planned
 from models.moe import LanguageModel
 from models.moe_sizes import LanguageModelConfig
 from parallel import DataParallel, clip_grad_norm_

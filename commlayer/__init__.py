@@ -27,9 +27,10 @@ from commlayer.functional import (
     reduce_scatter,
     scatter,
 )
-from commlayer.group import Explanation, FallbackWarning, Group
+from commlayer.group import Explanation, Group
 from commlayer.mesh import Mesh
 from commlayer.objects import all_gather_object, broadcast_object, gather_object, scatter_object
+from commlayer.planned import FallbackWarning
 from commlayer.point_to_point import recv, send, sendrecv
 from commlayer.reduce_op import AVG, BAND, BOR, BXOR, MAX, MIN, PRODUCT, SUM, ReduceOp, premul_sum
 from commlayer.runtime import finalize, init, is_initialized, run_local, world

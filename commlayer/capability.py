@@ -215,6 +215,23 @@ SHARED_MEMORY = Profile(
     summary="What commlayer does itself between ranks of one host.",
 )
 
+# The same between several hosts, where what is inside of each goes through its memory.
+OVER_HOSTS = Profile(
+    "over-hosts",
+    (
+        Rule("native", frozenset({"broadcast"}), devices=frozenset({"cpu"})),
+        Rule("native", frozenset({"all_gather"}), devices=frozenset({"cpu"}), layouts=frozenset({"even"})),
+        Rule(
+            "native",
+            frozenset({"all_reduce", "reduce_scatter"}),
+            frozenset(REDUCE_NAMES) - {"premul_sum"},
+            devices=frozenset({"cpu"}),
+            layouts=frozenset({"even"}),
+        ),
+    ),
+    summary="What commlayer does between hosts that each have several ranks.",
+)
+
 SHIPPED = Path(__file__).parent / "profiles"
 
 

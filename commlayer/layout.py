@@ -19,7 +19,7 @@ def flat(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
 
 
 def side_by_side(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
-    """The quick way to a destination for values of the same shape, where ``x`` and ``out`` lie as they should, in a row.
+    """The quick way to a destination for values of the same shape, where ``x`` and ``out`` lie in a row.
 
     That is a new tensor or ``out`` itself, either the same memory as ``x`` or apart from it; else None.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from commlayer.group import Group
 from commlayer.runtime import resolve
 from commlayer.work import Work
 
+MOST = 1 << 44  # elements
+
 
 def empty_symmetric(
     shape: int | Sequence[int], dtype: torch.dtype = torch.float32, group: Group | None = None
@@ -22,7 +25,8 @@ def empty_symmetric(
     Collectives of this very group then read and write it where it is, and so do those of contiguous parts of it; that
     is two to three times as fast as between ordinary tensors. Give the same shape and dtype on every rank, which
     all call this. Where ranks share no memory (on several hosts, on GPUs, under COMMLAYER_SHM=0) it is an ordinary
-    tensor on the group's device. Its memory is given back once no rank uses its part any more.
+    tensor on the group's device. Its memory is given back by the next
+    call of this once no rank uses its part any more, and with the group.
 
     Raises ValueError, TypeError; CollectiveMismatch where ranks ask for different sizes.
     """
@@ -51,6 +55,6 @@ def _checked(shape: int | Sequence[int]) -> tuple[int, ...]:
         sizes = tuple(operator.index(value) for value in values)
     except TypeError:
         raise TypeError(f"shape: expected ints, got {shape!r}") from None
-    if any(size < 0 for size in sizes):
-        raise ValueError(f"shape: must not be negative, got {sizes}")
+    if any(size < 0 for size in sizes) or math.prod(sizes) >= MOST:
+        raise ValueError(f"shape: expected sizes of 0 or more, and fewer than 2**44 elements, got {sizes}")
     return sizes

@@ -204,7 +204,8 @@ class Watch:
             self.failure = (kind, why, origin)
             self.bound = -1
             self.dog.broken = True
-            self.comm.fail(kind(why))
+            for comm in (self.comm, *self.comm.parts):
+                comm.fail(kind(why))
             with self.dog.changed:
                 self.dog.changed.notify_all()
 

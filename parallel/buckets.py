@@ -75,7 +75,7 @@ class Bucket:
         like = named[0][1]
         total = sum(p.numel() for _, p in named)
         # Where ranks share a host, they reduce it in place.
-        self.flat = empty_symmetric(total + len(named), like.dtype, reduction.group).zero_()
+        self.flat = empty_where(like.device, total + len(named), like.dtype, reduction.group).zero_()
         self.flags = self.flat[total:]
         self.slots: list[Slot] = []
         start = 0
@@ -129,6 +129,13 @@ class Bucket:
         self.unused.clear()
         self.missing = set(self.slots)
         self.work = Work()
+
+
+def empty_where(device: torch.device, length: int, dtype: torch.dtype, group: Group) -> Tensor:
+    """A vector on this device, symmetric over the group where that is the group's own; called by all of its ranks."""
+    if device == group.device:
+        return empty_symmetric(length, dtype, group)
+    return torch.empty(length, dtype=dtype, device=device)
 
 
 def make_buckets(

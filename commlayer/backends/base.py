@@ -93,6 +93,7 @@ class Communicator(ABC, Collectives):
     uneven_apart = (
         False  # whether even and uneven all_to_alls are different things on the wire, so ranks must not mix them
     )
+    parts: Sequence[Communicator] = ()  # made for steps of its operations, which fail with it
     seat: Seat | None = None  # at the control channel; None for one rank alone
 
     def recv_any(self, x: torch.Tensor, tag: int) -> Any:

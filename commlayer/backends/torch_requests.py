@@ -15,6 +15,7 @@ from commlayer.work import Work
 # Of these a wait that times out ends the whole group, in gloo.
 MESSAGES = frozenset({"send", "recv", "exchange"})
 PART = 0.2  # seconds
+LOOK = 1e-3  # seconds between two looks at an accelerator
 
 
 class Native(Work):
@@ -44,6 +45,17 @@ class Native(Work):
             work.wait()
             return
         limit = comm.limit(timeout)
+        if comm.asynchronous:
+            # Not by a wait with a limit: NCCL's counts from the start of the operation, and aborts the communicator.
+            end = time.perf_counter() + limit
+            while not work.is_completed():
+                if comm.failure is not None:
+                    raise comm.failure
+                if time.perf_counter() > end:
+                    raise CommTimeout(f"{self._what}: not finished after {limit:g} s")
+                time.sleep(LOOK)
+            work.wait()  # which orders the current stream after it
+            return
         if self._what in MESSAGES:
             if comm.failure is not None:
                 raise comm.failure  # perhaps started after all that waited was woken

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import commlayer
 from commlayer import CommError, Group, UnsupportedOperation, Work
+from parallel.buckets import empty_where
 from parallel.placement import mark_stretch
 from parallel.zero.released import hand_out
 
@@ -91,10 +92,10 @@ class Flat:
         self.gathering: Work | None = None
         self.full: Tensor | None = None
         if self.whole:
-            self.full = commlayer.empty_symmetric(self.length, self.dtype, self.over).zero_()
+            self.full = empty_where(self.device, self.length, self.dtype, self.over).zero_()
         self.separate = not self.whole or (self.dtype, self.device) != (self.master, self.home)
         if self.separate and (self.dtype, self.device) == (self.master, self.home):
-            self.shard = commlayer.empty_symmetric(self.chunk, self.master, self.over).zero_()
+            self.shard = empty_where(self.home, self.chunk, self.master, self.over).zero_()
         elif self.separate:
             self.shard = torch.zeros(self.chunk, dtype=self.master, device=self.home)
         else:
@@ -240,7 +241,7 @@ class Flat:
         local = self._buffer(self.reduced)
         if not self._settled:
             # Here, as all ranks come by in one order. From the second backward on, it is reduced where it is.
-            self.local = local = commlayer.empty_symmetric(self.length, local.dtype, self.over).copy_(local)
+            self.local = local = empty_where(self.device, self.length, local.dtype, self.over).copy_(local)
             self._settled = True
         for member in self.members:
             if member not in self.have:

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from commlayer import all_to_all, run_local, world
 from commlayer.fallbacks import all_to_all as module
-from commlayer.group import Planned
+from commlayer.planned import Planned
 
 RANKS = 4
 # Whatever leaves only the named emulation: no messages, no all_to_all, and one of the two collectives.

@@ -11,6 +11,7 @@ from commlayer.backends.base import Communicator
 from commlayer.backends.shared import host, kernel, memory
 from commlayer.backends.shared.channel import Shared
 from commlayer.backends.shared.meeting import Meeting
+from commlayer.backends.shared.ranks import Ranks
 from commlayer.backends.shared.rounds import HALF, HALF_CROWDED, Rounds, space
 from commlayer.backends.shared.symmetric import Symmetric
 
@@ -44,20 +45,19 @@ def survey(comm: Communicator, wanted: bool) -> Hosts | None:
     first = places.index(places[comm.rank]) == comm.rank
     if first:  # of its host: it compiles the kernel, if nobody has, and the others find it
         kernel.load()
-    comm.share(b"")
+    assert comm.seat is not None
+    comm.seat.share(b"", comm.timeout + kernel.COMPILING)
     compiled = all(answer == b"1" for answer in comm.share(b"1" if kernel.load() is not None else b"0"))
     if not compiled and not all(ordered for _, ordered, _ in answers):
         return None
     return Hosts(places, crowded, compiled)
 
 
-def connect(comm: Communicator, hosts: Hosts, ranks: Sequence[int]) -> Shared | None:
-    """The channel of a group of these ranks of the world, all on one host; called by its members.
+def connect(comm: Ranks, hosts: Hosts) -> Shared | None:
+    """The channel of ranks that are all on one host; called by all of them.
 
     None, and a warning, where they cannot map common memory.
     """
-    if len({*hosts.of(ranks)}) > 1 or comm.device.type != "cpu":
-        return None
     half = HALF_CROWDED if hosts.crowded else HALF
     made = memory.common(comm, space(comm.size, half))
     if isinstance(made, str):

@@ -11,17 +11,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from commlayer.backends.base import Communicator
-from commlayer.backends.shared.rounds import Rounds
+from commlayer.backends.shared.ranks import Ranks
 from commlayer.errors import CommError, CommTimeout
 from commlayer.work import Work
 
 LOOK = 2e-3  # seconds between two looks at the rest of the layer, in a wait
 _DONE = Work()
+
+
+class UnderWay(Protocol):
+    """Who is told the limits of each operation."""
+
+    end: float  # by time.perf_counter()
+    progress: bool  # whether this thread may call the backend
 
 
 class Task(Work):
@@ -46,8 +52,9 @@ class Task(Work):
 
 
 class InOrder:
-    def __init__(self, comm: Communicator, rounds: Rounds) -> None:
-        self._comm, self._rounds = comm, rounds
+    def __init__(self, comm: Ranks, under_way: UnderWay) -> None:
+        self._comm = comm
+        self._under_way: UnderWay | None = under_way
         self._tasks: deque[Task] = deque()
         self._turn = threading.Lock()  # of the thread that is doing operations
         self._news = threading.Semaphore(0)
@@ -84,17 +91,18 @@ class InOrder:
             elif not task.ended.wait(LOOK):
                 self._look(end)
 
-    def close(self, end: float) -> None:
-        """Until ``end`` (time.monotonic) for what is still to be done."""
-        if self._thread is None:
-            return
+    def close(self, end: float) -> bool:
+        """Until ``end`` (time.monotonic) for what is still to be done; whether nothing is under way any more."""
         while self._tasks and self._broken is None and self._comm.failure is None and time.monotonic() < end:
             time.sleep(LOOK)
         self._closing = True
         if self._broken is None:
             self._broken = CommError("this group was closed; commlayer.finalize() closes all")
+        self._under_way = None
         self._news.release()
-        self._thread.join(1.0)
+        if self._thread is not None:
+            self._thread.join(1.0)
+        return self._thread is None or not self._thread.is_alive()
 
     def _end(self, timeout: float | None) -> float:
         return time.perf_counter() + self._comm.limit(timeout)
@@ -140,7 +148,8 @@ class InOrder:
     def _do(self, action: Callable[[], None], end: float, progress: bool) -> None:
         if self._broken is not None:
             raise self._broken
-        self._rounds.end, self._rounds.progress = end, progress
+        assert self._under_way is not None
+        self._under_way.end, self._under_way.progress = end, progress
         try:
             with torch.no_grad():
                 action()

@@ -74,16 +74,20 @@ def kind(library: Any | None, op: str, dtype: torch.dtype) -> int | None:
 
 
 def _built(compiler: list[str]) -> Path:
-    """The library's file, in the user's cache folder under a name of all that it depends on."""
+    """The library, under a name of all that it depends on: beside this package's bytecode, else in the user's cache."""
     source = SOURCE.read_bytes()
     key = hashlib.sha256(b"\0".join([source, repr((compiler, FLAGS)).encode(), _processor()])).hexdigest()[:16]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = root / "commlayer" / f"kernel-{key}.so"
-    if path.exists():
-        _check_own(path)
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "commlayer"
+    folders = SOURCE.parent / "__pycache__", cache
+    for folder in folders:
+        path = folder / f"kernel-{key}.so"
+        if path.exists():
+            _check_own(path)
+            return path
+    folder = folders[0] if os.access(folders[0], os.W_OK) else cache
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"kernel-{key}.so"
+    handle, draft = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
         subprocess.run(

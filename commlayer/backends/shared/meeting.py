@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from commlayer.backends.base import Communicator
+from commlayer.backends.shared.ranks import Ranks
 from commlayer.errors import CommTimeout
 
 LINE = 128  # bytes a rank, as in kernel.c
@@ -33,7 +33,7 @@ class _Timespec(ctypes.Structure):
 class Meeting:
     """The lines of all ranks, at ``address``; ``crowded``: they share cores."""
 
-    def __init__(self, library: Any | None, address: int, comm: Communicator, crowded: bool) -> None:
+    def __init__(self, library: Any | None, address: int, comm: Ranks, crowded: bool) -> None:
         self._comm = comm
         self.rank, self.size = rank, size = comm.rank, comm.size
         self._address = address

@@ -12,7 +12,7 @@ import secrets
 import weakref
 from typing import Any
 
-from commlayer.backends.base import Communicator
+from commlayer.backends.shared.ranks import Ranks
 from commlayer.errors import CollectiveMismatch
 
 PAGE = 4096
@@ -69,7 +69,7 @@ def attach(told: bytes) -> Memory:
     return found
 
 
-def common(comm: Communicator, size: int) -> Memory | str:
+def common(comm: Ranks, size: int) -> Memory | str:
     """Memory of all ranks, which rank 0 creates; on every rank why not, if one of them cannot. Called by all.
 
     Raises CollectiveMismatch, on all ranks, where they ask for different sizes.
@@ -80,7 +80,7 @@ def common(comm: Communicator, size: int) -> Memory | str:
         try:
             if comm.rank == 0:
                 made, descriptor, told = create(size)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             trouble = str(error)
         sizes, places = zip(*(answer.split(b" ", 1) for answer in comm.share(b"%d %b" % (size, told))), strict=True)
         if len({*sizes}) > 1:

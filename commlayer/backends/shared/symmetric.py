@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import struct
 import weakref
 from collections.abc import Sequence
@@ -25,9 +26,12 @@ class _Stretch:
         self.begin = self.parts + rank * span
         self.end = self.begin + span
         self._mine = _FLAG * rank
+        self._process = os.getpid()
 
     def drop(self) -> None:
         """This rank's tensors are gone. The others may use theirs, together with other tensors of this rank."""
+        if os.getpid() != self._process:
+            return  # a forked child let go of its parent's
         struct.pack_into("q", self._flags(), self._mine, 1)
 
     def dropped(self) -> bool:
@@ -66,7 +70,7 @@ class Symmetric:
 
     def place(self, address: int) -> tuple[int, int]:
         """The number of the buffer that this address of this rank is in, and how far into it; -1 for none."""
-        for number, stretch in self._stretches.items():
+        for number, stretch in list(self._stretches.items()):  # other threads may add
             if stretch.begin <= address < stretch.end:
                 return number, address - stretch.begin
         return _NOWHERE
