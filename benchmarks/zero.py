@@ -1,17 +1,19 @@
-"""A training step under ZeRO, against torch's FSDP2, ZeroRedundancyOptimizer and DDP, interleaved in one run.
+"""A training step under DataParallel and ZeRO, against torch's DDP, ZeroRedundancyOptimizer and FSDP2, in one run.
 
     torchrun --nproc-per-node 2 -m benchmarks.zero                  # step time: commlayer on gloo against plain gloo
     torchrun --nproc-per-node 2 -m benchmarks.zero --only FSDP2     # its memory
     python -m benchmarks.zero --memory                              # memory of all, each in processes of its own
 
-A stack of transformer blocks in float32 with AdamW (fused, in all variants). Times are medians of steps A B C A B C,
-each the slowest rank's: ``step`` by the clock, and ``processor``, what all threads of a rank have worked, which says
-more on a busy machine. Memory, on the fullest rank and from the second step on: ``tensors``, the bytes of all that are
-alive at the peak, and ``process``, how far the process grows beyond what it had before there was a model (VmHWM).
+A stack of transformer blocks of 25 million parameters in float32 with AdamW (fused, in all variants). Times are
+medians of steps A B C A B C, each the slowest rank's: ``step`` by the clock, and ``processor``, what all threads of a
+rank have worked, which says more on a busy machine. Memory, on the fullest rank and from the second step on:
+``tensors``, the bytes of all that are alive at the peak, and ``process``, how far the process grows beyond what it
+had before there was a model (VmHWM).
 
 ==============  =====================================================================  =============
 variant                                                                                compared with
 ==============  =====================================================================  =============
+DataParallel    parallel.DataParallel, with all of the optimiser on every rank         DDP
 ZeRO 1, ZeRO 2  parallel.ZeRO, buckets of 8 MiB                                        ZRO
 ZeRO 3          the same, a block is a unit                                            FSDP2
 FSDP2           fully_shard of each block and of the root
@@ -51,10 +53,10 @@ from torch.utils._pytree import tree_leaves
 import commlayer
 from benchmarks.memory import MIB
 from benchmarks.zero_memory import process, transformer
-from parallel import ZeRO
+from parallel import DataParallel, ZeRO
 
 ADAMW = {"lr": 1e-4, "fused": True}
-RIVALS = {"ZeRO 1": "ZRO", "ZeRO 2": "ZRO", "ZeRO 3": "FSDP2"}
+RIVALS = {"DataParallel": "DDP", "ZeRO 1": "ZRO", "ZeRO 2": "ZRO", "ZeRO 3": "FSDP2"}
 Made = tuple[nn.Module, Optimizer]
 Make = Callable[[nn.Sequential, ProcessGroup], Made]
 
@@ -65,6 +67,10 @@ def zero(stage: int) -> Make:
         return ZeRO(model, optimizer, stage=stage), optimizer
 
     return make
+
+
+def data(model: nn.Sequential, _: ProcessGroup) -> Made:
+    return DataParallel(model), AdamW(model.parameters(), **ADAMW)
 
 
 def fsdp2(model: nn.Sequential, gloo: ProcessGroup) -> Made:
@@ -88,6 +94,7 @@ def _ddp(model: nn.Sequential, gloo: ProcessGroup) -> nn.Module:
 
 
 VARIANTS: dict[str, Make] = {
+    "DataParallel": data,
     "ZeRO 1": zero(1),
     "ZeRO 2": zero(2),
     "ZRO": zro,
@@ -214,11 +221,11 @@ def report(found: dict[str, dict[str, float]], unit: str) -> None:
         rival = RIVALS.get(name)
         ratios = [f"{row[key] / found[rival][key]:.3f}" for key in row] if rival in found else []
         figures = ", ".join(f"{key} {value:.1f} {unit}" for key, value in row.items())
-        print(f"  {name:8}{figures}" + (f";  {' and '.join(ratios)} of {rival}" if ratios else ""))
+        print(f"  {name:14}{figures}" + (f";  {' and '.join(ratios)} of {rival}" if ratios else ""))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A training step under ZeRO, against torch's own")
+    parser = argparse.ArgumentParser(description="A training step under DataParallel and ZeRO, against torch's own")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1, help="sequences per rank")

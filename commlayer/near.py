@@ -47,7 +47,9 @@ def _over_hosts(
     rail = [host[own.index(comm.rank)] for host in layout]
     near = Neighbours(comm, own, _seat(comm, ranks, own, "host"))
     local = connect(near, hosts)
-    if not all(answer == b"1" for answer in comm.share(b"0" if local is None else b"1")) or local is None:
+    # Its steps may be made by a thread, which has to be able to call the backend.
+    able = local is not None and comm.threads
+    if not all(answer == b"1" for answer in comm.share(b"1" if able else b"0")) or local is None:
         return None
     seat = _seat(comm, ranks, rail, "rail")
     seat.meet("made", b"", comm.timeout)  # making a communicator blocks, on MPI without a deadline
