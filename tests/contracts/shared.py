@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,11 +37,11 @@ def small_limits() -> Iterator[None]:
         yield
 
 
-def without_kernel(world: commlayer.Group) -> commlayer.Group:
-    """A group of all ranks that meet and add up in Python, as where there is no C compiler."""
+def otherwise(world: commlayer.Group, **changed: Any) -> commlayer.Group:
+    """A group of all ranks, as if their hosts were not what they are: without compilers, or several."""
     hosts = world._hosts
     assert hosts is not None
-    world._hosts = dataclasses.replace(hosts, compiled=False)
+    world._hosts = dataclasses.replace(hosts, **changed)
     try:
         return world.new_group(list(range(world.size)))
     finally:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 
 import numpy as np
 import pytest
@@ -10,24 +11,26 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import commlayer
+from commlayer.backends.shared import channel, rounds, sums
 from commlayer.backends.shared.rounds import HALF, LARGE, SMALL
-from tests.contracts.checks import assert_alike, make_group
-from tests.contracts.shared import Arena, Started, shared_cases, small_limits, without_kernel
+from tests.contracts.checks import assert_alike, check_halves, check_inference, check_order, make_group
+from tests.contracts.shared import Arena, Started, otherwise, shared_cases, small_limits
 
 EXAMPLES = int(os.environ.get("COMMLAYER_TEST_EXAMPLES", "80")) // 2
-ON_ALL = ("world", "reversed", "python")
+ON_ALL = ("world", "reversed", "python", "hosts")  # groups of all ranks
 NAMES = (*ON_ALL, "odd", "split")
 
 
 @pytest.fixture(scope="module")
 def places(everyone):
-    """Groups with small slots, and symmetric memory of each; "python" has no compiled kernel."""
+    """Groups with small slots, and symmetric memory of each; "python" has no compiled kernel, "hosts" two hosts."""
     if everyone.shared is None:
         pytest.skip("these ranks share no memory: a profile is replayed, or COMMLAYER_SHM=0")
     with small_limits():
         groups = {name: make_group(everyone, name) for name in ("reversed", "odd", "split")}
         groups["world"] = everyone.new_group(list(range(everyone.size)))
-        groups["python"] = without_kernel(everyone)
+        groups["python"] = otherwise(everyone, compiled=False)
+        groups["hosts"] = otherwise(everyone, places=tuple(rank % 2 for rank in range(everyone.size)))
         yield {name: (group, Arena(group)) for name, group in groups.items()}
         for group in groups.values():
             group.close()
@@ -101,9 +104,72 @@ def test_without_a_compiler_the_same_bits(everyone, places, agreed, case, symmet
     agreed(run, str(case))
 
 
-def test_the_kernel_is_used_where_there_is_one(everyone, places):
+def test_the_ways_are_those_meant(everyone, places):
     assert not places["python"][0].shared.kernel
     assert places["world"][0].shared.kernel == everyone.shared.kernel
+    for name, (group, _) in places.items():
+        if group.is_member and group.size > 1 and (name != "hosts" or (group.size % 2 == 0 and group.size > 2)):
+            assert group.explain("all_reduce").plan.shared_from == 0, name
+    assert places["hosts"][0].shared is None
+
+
+@pytest.mark.parametrize("name", ["world", "python"])
+@pytest.mark.parametrize("function", [check_halves, check_inference, check_order])
+def test_by_hand(places, agreed, function, name):
+    agreed(lambda: function(places[name][0]))
+
+
+@pytest.mark.parametrize("slow", [0, -1])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("count", [4, 100])
+def test_who_has_returned_may_go_on_at_once(everyone, places, agreed, monkeypatch, count, symmetric, slow):
+    """One rank is slow to read and to add up; the others overwrite what they brought, and read what they got."""
+
+    def late(action):
+        def delayed(*args):
+            time.sleep(0.002)
+            return action(*args)
+
+        return delayed
+
+    if everyone.rank == slow % everyone.size:
+        monkeypatch.setattr(rounds, "_copy", late(rounds._copy))
+        monkeypatch.setattr(channel, "reducer", lambda *args: late(sums.reducer(*args)))
+    group = everyone.new_group(list(range(everyone.size)))
+    n, r = group.size, group.rank
+    x, out = (commlayer.empty_symmetric(count * n, group=group) for _ in range(2))
+    if not symmetric:
+        x, out = torch.empty_like(x), torch.empty_like(out)
+    share = slice(count * r, count * r + count)
+    # What is called with rank q's 10 * step + q, and what rank r then has.
+    calls = [
+        (lambda: commlayer.all_reduce(x, group=group), lambda v: [sum(v)]),
+        (lambda: commlayer.all_reduce(x, group=group, out=out), lambda v: [sum(v)]),
+        (lambda: commlayer.reduce(x, group=group, dst=n - 1), lambda v: [sum(v)] if r == n - 1 else None),
+        (lambda: commlayer.reduce(x, group=group, out=out), lambda v: [sum(v)] if r == 0 else None),
+        (lambda: commlayer.reduce_scatter(x, group=group), lambda v: [sum(v)]),
+        (lambda: commlayer.all_gather(x[share], group=group, out=out), lambda v: v),
+        (lambda: commlayer.all_to_all(x, group=group, out=out), lambda v: v),
+        (lambda: commlayer.broadcast(x, src=n - 1, group=group), lambda v: [v[n - 1]]),
+        (lambda: commlayer.gather(x[share], dst=n - 1, group=group), lambda v: v if r == n - 1 else None),
+        (lambda: commlayer.scatter(x, src=n - 1, group=group), lambda v: [v[n - 1]]),
+    ]
+
+    def run():
+        for step, (call, expected) in enumerate(calls * 2):
+            values = [10.0 * step + rank for rank in range(n)]
+            x.fill_(values[r])
+            result = call()
+            x.fill_(-1)
+            wanted = expected(values)
+            got = None if result is None else result.clone()
+            out.fill_(-2)
+            assert (got is None) == (wanted is None)
+            if got is not None:
+                assert got.view(len(wanted), -1).unique(dim=1).flatten().tolist() == wanted, step
+        group.close()
+
+    agreed(run)
 
 
 def values(rank, count, dtype):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -234,8 +235,9 @@ def test_who_waits_alone_hears_of_failures_and_deadlines(library: object) -> Non
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A cache folder of its own, and nothing loaded."""
+    """A cache folder of its own, no bytecode beside the source, and nothing loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernel, "SOURCE", Path(shutil.copy(kernel.SOURCE, tmp_path)))
     kernel.load.cache_clear()
     yield tmp_path / "commlayer"
     kernel.load.cache_clear()
