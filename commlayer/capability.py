@@ -215,7 +215,8 @@ SHARED_MEMORY = Profile(
     summary="What commlayer does itself between ranks of one host.",
 )
 
-# The same between several hosts, where what is inside of each goes through its memory.
+# The same between several hosts, where what is inside of each goes through its memory. Not the sums of halves, which
+# would be rounded twice.
 OVER_HOSTS = Profile(
     "over-hosts",
     (
@@ -225,6 +226,7 @@ OVER_HOSTS = Profile(
             "native",
             frozenset({"all_reduce", "reduce_scatter"}),
             frozenset(REDUCE_NAMES) - {"premul_sum"},
+            frozenset(DTYPES) - {"float16", "bfloat16", "complex32"},
             devices=frozenset({"cpu"}),
             layouts=frozenset({"even"}),
         ),

@@ -125,7 +125,8 @@ class Hierarchy:
     def _run(self, steps: Callable[[], None], tensors: Any) -> Work:
         def action() -> None:
             self._near.end = min(self.end, time.perf_counter() + self._comm.timeout)
-            steps()
+            with torch.inference_mode():  # it may write into inference tensors
+                steps()
 
         return self._queue.run(action, tensors)
 
