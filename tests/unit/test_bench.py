@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -374,6 +375,35 @@ def test_the_guard_sees_twice_as_slow_and_no_noise():
     assert slower(busy) == {case: 90.0}
     assert slower(busy, quiet) == {}
     assert slower(reported(gloo=100.0, mpi4py=2.0)) == {case: float("inf")}  # it was not even measured
+
+
+@pytest.mark.parametrize(
+    ("times", "others", "status", "runs"),
+    [
+        ([10.0], [0.9], 0, 1),  # fine, even beside other load
+        ([30.0, 10.5], [0.9, 0.9], 0, 2),
+        ([30.0, 30.0, 30.0], [0.0, 0.0, 0.0], 1, 3),
+        ([30.0] * 5, [0.0, 0.9, 0.0, 0.9, 0.0], 1, 5),
+        ([30.0] * 5, [0.9] * 5, 2, 5),
+    ],
+)
+def test_the_guard_convicts_on_a_quiet_machine_alone(monkeypatch, times, others, status, runs):
+    recorded = {"host": {}, "ratios": {"gloo": {"all_reduce float32 8 commlayer": {"gloo": 0.1}}}}
+    done = [({**reported(gloo=100.0, commlayer=us), "host": {}}, part) for us, part in zip(times, others, strict=True)]
+    rest = iter(done)
+    monkeypatch.setattr(guard, "run", lambda backend: next(rest))
+    monkeypatch.setattr(guard, "BACKENDS", ("gloo",))
+    assert guard.check(recorded) == status
+    assert len(done) - len(list(rest)) == runs
+
+
+def test_what_others_take_of_the_cores_is_seen():
+    first, own, _ = guard.usage()
+    end = time.process_time() + 0.3
+    while time.process_time() < end:
+        pass
+    assert guard.usage()[0] - first > 0.2  # this very process is no child of its own
+    assert guard.usage()[1] == own
 
 
 def test_what_the_guard_measures_exists(bare, monkeypatch):
