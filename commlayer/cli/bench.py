@@ -46,17 +46,17 @@ def main(
     ops: Annotated[str, typer.Option(metavar="OPS", help="Which operations, comma separated; all is every one.")] = OPS,
     minbytes: Annotated[str, typer.Option("-b", "--minbytes", help="The smallest array: 8, 64K, 1M …")] = "8",
     maxbytes: Annotated[
-        str | None, typer.Option("-e", "--maxbytes", help="The largest array [default: 256M; with --quick 16M].")
+        str | None, typer.Option("-e", "--maxbytes", help="The largest array: 256M; with --quick 16M.")
     ] = None,
     stepfactor: Annotated[
-        int | None, typer.Option("-f", "--stepfactor", min=2, help="Between sizes [default: 2; with --quick 8].")
+        int | None, typer.Option("-f", "--stepfactor", min=2, help="Between sizes: 2; with --quick 8.")
     ] = None,
     datatype: Annotated[
         str, typer.Option("-d", "--datatype", metavar="DTYPES", help="Comma separated: float32,bfloat16.")
     ] = "float32",
     op: Annotated[str, typer.Option("-o", "--op", metavar="OP", help="The reduce op: sum, avg, min, max …")] = "sum",
     iters: Annotated[
-        int | None, typer.Option("-n", "--iters", min=1, help="Samples at most [default: 20; with --quick 10].")
+        int | None, typer.Option("-n", "--iters", min=1, help="Samples at most: 20; with --quick 10.")
     ] = None,
     warmup: Annotated[int, typer.Option("-w", "--warmup", min=0, help="Calls before them, at most.")] = 5,
     check: Annotated[
@@ -72,7 +72,7 @@ def main(
         Path | None, typer.Option(metavar="FOLDER|FILE.html", help="Write a page with plots (needs matplotlib).")
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option("-r", "--ranks", min=2, help="Ranks to start, if no launcher did [default: 2].")
+        int | None, typer.Option("-r", "--ranks", min=2, help="Ranks to start, if no launcher did: 2.")
     ] = None,
     backend: Annotated[
         str, typer.Option(envvar="COMMLAYER_BACKEND", help="auto is mpi where it can be started, else gloo.")
