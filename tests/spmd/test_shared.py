@@ -113,7 +113,7 @@ def test_the_ways_are_those_meant(everyone, places):
     assert places["hosts"][0].shared is None
 
 
-@pytest.mark.parametrize("name", ["world", "python"])
+@pytest.mark.parametrize("name", ["world", "python", "hosts"])
 @pytest.mark.parametrize("function", [check_halves, check_inference, check_order])
 def test_by_hand(places, agreed, function, name):
     agreed(lambda: function(places[name][0]))
