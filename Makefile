@@ -29,11 +29,11 @@ test: test-unit test-spmd
 test-unit: $(BIN)/.ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/faults tests/torch_programs
 
-# The same tests on each backend, and under profiles of backends that are not here.
+# The same tests on each backend, with shared memory and without, and under profiles of backends that are not here.
 test-spmd: $(BIN)/.ready
 	COMMLAYER_BACKEND=mpi $(MPIEXEC)
-	COMMLAYER_BACKEND=gloo $(MPIEXEC)
 	COMMLAYER_BACKEND=gloo $(TORCHRUN)
+	for backend in mpi gloo; do COMMLAYER_SHM=0 COMMLAYER_BACKEND=$$backend $(MPIEXEC) || exit 1; done
 	for profile in xccl-2.7 only-send-recv only-all-reduce; do \
 	  COMMLAYER_BACKEND=gloo COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; \
 	done

@@ -14,6 +14,7 @@ import torch
 
 import commlayer
 from commlayer import bootstrap
+from commlayer.backends import shared
 from commlayer.backends.torch_native import DEVICE_OF
 from commlayer.capability import parse_disabled
 from commlayer.cli.backends import BACKENDS, Health, capability_set, examine
@@ -66,6 +67,7 @@ def diagnose(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "host": platform.node(),
         "launcher": _launcher(launch),
         "devices": devices(),
+        "shared_memory": shared.able(),
         "backends": [asdict(health) for health in backends.values()],
         "variables": {name: env[name] for name in VARIABLES if env.get(name)},
         "auto": {"backend": auto, "why": why},

@@ -46,7 +46,7 @@ def _parts(report: dict[str, Any]) -> Iterator[RenderableType]:
     versions = report["versions"]
     yield Text(" · ".join(f"{name} {version}" for name, version in versions.items()), style="dim")
     yield _section("Launcher", _launcher(report["launcher"]))
-    yield _section("Devices", _devices(report["devices"]))
+    yield _section("Devices", _devices(report))
     yield _section("Backends", _backends(report))
     if report["variables"]:
         settings = _grid()
@@ -94,13 +94,14 @@ def _launcher(launcher: dict[str, Any] | None) -> RenderableType:
     return grid
 
 
-def _devices(devices: dict[str, Any]) -> RenderableType:
-    grid = _grid()
+def _devices(report: dict[str, Any]) -> RenderableType:
+    grid, devices = _grid(), report["devices"]
     grid.add_row("cpu", f"{devices['cpu_cores']} cores for this process")
     for kind in ("cuda", "xpu"):
         names = devices[kind]
         shown = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
         grid.add_row(kind, Text(shown or "none", style="" if names else "dim"))
+    grid.add_row("shared memory", Text(report["shared_memory"]))
     return grid
 
 

@@ -28,6 +28,17 @@ class Hosts:
         return tuple(self.places[rank] for rank in ranks)
 
 
+def able() -> str:
+    """Whether ranks on this host can share memory, and how they would: for people."""
+    if not host.identity():
+        return "no: it needs Linux, and /proc"
+    if kernel.load() is not None:
+        return "yes, with the compiled kernel"
+    if host.keeps_order():
+        return "yes, with torch's operations: no C compiler (cc, or what CC names)"
+    return "no: on this processor it needs a C compiler (cc, or what CC names)"
+
+
 def survey(comm: Communicator, wanted: bool) -> Hosts | None:
     """Find out which ranks share hosts; called by all ranks of the world.
 
