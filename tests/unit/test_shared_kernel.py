@@ -214,6 +214,27 @@ def test_nobody_leaves_a_meeting_before_all_have_come(library: object, crowded: 
     assert not early
 
 
+def test_sleepers_are_woken_by_the_one_they_wait_for(library: object) -> None:
+    size = 4
+    memory = (ctypes.c_char * (LINE * size))()
+    ranks = meetings(library, size, memory, True)
+    late: list[float] = []
+
+    def sleep(meeting: Meeting) -> None:
+        missing = meeting._once(1, 0, 900_000_000)  # nanoseconds: so long if nobody wakes them
+        late.append(time.perf_counter() - come if not missing else 1.0)
+
+    threads = [threading.Thread(target=sleep, args=(meeting,)) for meeting in ranks[:-1]]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    come = time.perf_counter()
+    assert ranks[-1]._once(1, 0, 900_000_000) == 0
+    for thread in threads:
+        thread.join()
+    assert max(late) < 0.4
+
+
 def test_who_waits_alone_hears_of_failures_and_deadlines(library: object) -> None:
     memory = (ctypes.c_char * (LINE * 3))()
     meeting = meetings(library, 2, memory, True)[0]
