@@ -28,7 +28,7 @@ from commlayer.checks import (
 )
 from commlayer.differentiable import Started, Tensor, check_gradient, finished, launch
 from commlayer.group import Group
-from commlayer.layout import destination, flat, is_part, line, side_by_side
+from commlayer.layout import Finish, destination, flat, is_part, line, side_by_side
 from commlayer.reduce_op import LINEAR, SUM, ReduceOp, as_reduce_op
 from commlayer.runtime import resolve
 from commlayer.work import Work
@@ -58,8 +58,8 @@ def all_reduce(
 
     def start(x: Tensor) -> Started:
         if (right := side_by_side(x, out)) is not None and x.numel():
-            return right, g.flat.all_reduce(right, x, op)
-        result, buffer, finish = destination(x.shape, x, out, aliases=True)
+            return right if out is None else _changed(out), g.flat.all_reduce(right, x, op)
+        result, buffer, finish = _destination(x.shape, x, out, aliases=True)
         work = g.flat.all_reduce(buffer, flat(x), op) if x.numel() else Work()
         return finished(result, work, finish)
 
@@ -100,10 +100,10 @@ def reduce(
 
     def start(x: Tensor) -> Started:
         if not x.numel():
-            return destination(x.shape, x, out)[0] if at_root else x.new_empty(0), Work()
+            return _destination(x.shape, x, out)[0] if at_root else x.new_empty(0), Work()
         if not at_root:
             return x.new_empty(0), g.flat.reduce(None, flat(x), op, dst)
-        result, buffer, finish = destination(x.shape, x, out)
+        result, buffer, finish = _destination(x.shape, x, out)
         return finished(result, g.flat.reduce(buffer, flat(x), op, dst), finish)
 
     def adjoint(grad: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def broadcast(
         check_out(out, x.shape, x, g)
 
     def start(x: Tensor) -> Started:
-        result, buffer, finish = destination(x.shape, x, out, aliases=True)
+        result, buffer, finish = _destination(x.shape, x, out, aliases=True)
         if not x.numel():
             return result, Work()
         if g.rank == src:
@@ -181,8 +181,8 @@ def all_gather(
 
     def start(x: Tensor) -> Started:
         if out is not None and counts is None and is_part(x, out, g.rank) and g.flat.gathers_in_place(x.dtype):
-            return out, g.flat.all_gather(line(out), line(x), None)
-        result, buffer, finish = destination(shape, x, out, dim)
+            return _changed(out), g.flat.all_gather(line(out), line(x), None)
+        result, buffer, finish = _destination(shape, x, out, dim)
         work = g.flat.all_gather(buffer, flat(x, dim), counts) if buffer.numel() else Work()
         return finished(result, work, finish)
 
@@ -222,7 +222,7 @@ def reduce_scatter(
         check_out(out, shape, x, g)
 
     def start(x: Tensor) -> Started:
-        result, buffer, finish = destination(shape, x, out, dim)
+        result, buffer, finish = _destination(shape, x, out, dim)
         work = g.flat.reduce_scatter(buffer, flat(x, dim), op, counts) if x.numel() else Work()
         return finished(result, work, finish)
 
@@ -286,7 +286,7 @@ def all_to_all(
     inner = _inner(x, dim)
 
     def start(x: Tensor) -> Started:
-        result, buffer, finish = destination(shape, x, out, dim)
+        result, buffer, finish = _destination(shape, x, out, dim)
         if inner == 0 or (outgoing is None and not x.numel()):
             return result, Work()  # empty on every rank; uneven shares of nothing still have to be called
         work = g.flat.all_to_all(buffer, flat(x, dim), _times(incoming, inner), _times(outgoing, inner))
@@ -333,7 +333,7 @@ def gather(
     def start(x: Tensor) -> Started:
         if not at_root:
             return x.new_empty(0), g.flat.gather(None, flat(x, dim), dst, counts) if total else Work()
-        result, buffer, finish = destination(shape, x, out, dim)
+        result, buffer, finish = _destination(shape, x, out, dim)
         work = g.flat.gather(buffer, flat(x, dim), dst, counts) if total else Work()
         return finished(result, work, finish)
 
@@ -372,7 +372,7 @@ def scatter(
         check_out(out, shape, x, g)
 
     def start(x: Tensor) -> Started:
-        result, buffer, finish = destination(shape, x, out, dim)
+        result, buffer, finish = _destination(shape, x, out, dim)
         values = flat(x, dim) if g.rank == src else None
         work = g.flat.scatter(buffer, values, src, counts) if x.numel() else Work()
         return finished(result, work, finish)
@@ -469,3 +469,16 @@ def _zeros_after(part: Tensor | None, shape: Sequence[int], like: Tensor) -> Ten
     """The gradient of an input whose values did not count, kept in the graph for a second derivative."""
     zeros = like.new_zeros(tuple(shape))
     return zeros if part is None else zeros + part.sum()
+
+
+def _destination(
+    shape: Sequence[int], x: Tensor, out: Tensor | None = None, dim: int = 0, aliases: bool = False
+) -> tuple[Tensor, Tensor, Finish]:
+    return destination(shape, x, out if out is None else _changed(out), dim, aliases)
+
+
+def _changed(out: Tensor) -> Tensor:
+    """Tell autograd, which does not see what backends write: where it saved these values, backward is an error."""
+    if torch.is_grad_enabled() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out

@@ -27,12 +27,13 @@ def side_by_side(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | No
         return None
     if out is None:
         return torch.empty_like(x)
-    if out is x:
-        return x
-    if not out.is_contiguous() or out.is_neg() or out.is_conj() or out.stride(0) != 1:
-        return None
-    ours, theirs, size = x.data_ptr(), out.data_ptr(), x.nbytes
-    return out if ours == theirs or ours + size <= theirs or theirs + size <= ours else None
+    if out is not x:
+        if not out.is_contiguous() or out.is_neg() or out.is_conj() or out.stride(0) != 1:
+            return None
+        ours, theirs, size = x.data_ptr(), out.data_ptr(), x.nbytes
+        if not (ours == theirs or ours + size <= theirs or theirs + size <= ours):
+            return None
+    return out
 
 
 def destination(

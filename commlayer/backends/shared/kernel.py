@@ -45,10 +45,9 @@ KINDS = {
 @cache
 def load() -> Any | None:
     """The library, built if it was not yet for this processor; None where that is not possible."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
     try:
-        library = ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.SubprocessError):
+        library = ctypes.CDLL(str(_built(shlex.split(os.environ.get("CC") or "cc"))))
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
     library.meet.argtypes = (ctypes.c_void_p, *(ctypes.c_int,) * 2, ctypes.c_uint32, *(ctypes.c_int64,) * 2)
     pointers = ctypes.POINTER(ctypes.c_void_p)
@@ -77,7 +76,7 @@ def _built(compiler: list[str]) -> Path:
     """The library, under a name of all that it depends on: beside this package's bytecode, else in the user's cache."""
     source = SOURCE.read_bytes()
     key = hashlib.sha256(b"\0".join([source, repr((compiler, FLAGS)).encode(), _processor()])).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "commlayer"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "commlayer"
     folders = SOURCE.parent / "__pycache__", cache
     for folder in folders:
         path = folder / f"kernel-{key}.so"
@@ -96,6 +95,8 @@ def _built(compiler: list[str]) -> Path:
             timeout=COMPILING,
             stdin=subprocess.DEVNULL,
         )
+        ctypes.CDLL(draft)  # what cannot be loaded is not kept
+        os.chmod(draft, 0o755)  # for all who use this installation
         os.replace(draft, path)  # at once: other ranks may be looking
     finally:
         with suppress(FileNotFoundError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import struct
 import time
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +43,8 @@ class Meeting:
             arrive = library.meet
             self._once = lambda step, spin, limit: arrive(address, size, rank, step, spin, limit)
         else:
-            self._lines = memoryview((ctypes.c_char * (LINE * size)).from_address(address)).cast("B")
+            # Each is stored in one piece, as struct would not.
+            self._steps = [ctypes.c_uint32.from_address(address + LINE * other) for other in range(size)]
             self._once = self._meet
 
     def meet(self, end: float, progress: bool) -> None:
@@ -70,14 +70,14 @@ class Meeting:
 
     def _meet(self, step: int, spin: int, limit: int) -> int:
         """The same as kernel.c's."""
-        lines = self._lines
-        if struct.unpack_from("I", lines, LINE * self.rank)[0] != step:
-            struct.pack_into("I", lines, LINE * self.rank, step)
+        mine = self._steps[self.rank]
+        if mine.value != step:
+            mine.value = step
             _libc.syscall(_FUTEX, ctypes.c_void_p(self._address + LINE * self.rank), _FUTEX_WAKE, self.size, 0, 0, 0)
         start = time.perf_counter_ns()
         for other in range(self.size):
             while True:
-                (seen,) = struct.unpack_from("I", lines, LINE * other)
+                seen = self._steps[other].value
                 if (seen - step) & 0xFFFFFFFF < 1 << 31:
                     break
                 left = limit - (time.perf_counter_ns() - start)
