@@ -479,6 +479,6 @@ def _destination(
 
 def _changed(out: Tensor) -> Tensor:
     """Tell autograd, which does not see what backends write: where it saved these values, backward is an error."""
-    if torch.is_grad_enabled() and not out.is_inference():
+    if not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out

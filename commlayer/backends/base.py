@@ -115,7 +115,8 @@ class Communicator(ABC, Collectives):
     def limit(self, timeout: float | None) -> float:
         """Seconds that a wait may take from now; a millisecond at the least, for torch takes less for no limit."""
         if timeout is None:
-            timeout = self.timeout if self.deadline is None else self.deadline - time.perf_counter()
+            deadline = self.deadline  # which another thread may take away
+            timeout = self.timeout if deadline is None else deadline - time.perf_counter()
         return max(timeout, 1e-3)
 
     def progress(self) -> None:

@@ -20,6 +20,8 @@ from commlayer.control.seat import Seat
 from commlayer.reduce_op import ReduceOp
 from commlayer.work import Work
 
+NEVER = 86400.0  # seconds: a thread has no limit of its own, but backends want one
+
 
 def grid(places: Sequence[int]) -> list[list[int]] | None:
     """The ranks of each host, from the number of each rank's host; None where hosts have one or not equally many."""
@@ -124,7 +126,7 @@ class Hierarchy:
 
     def _run(self, steps: Callable[[], None], tensors: Any) -> Work:
         def action() -> None:
-            self._near.end = min(self.end, time.perf_counter() + self._comm.timeout)
+            self._near.end = min(self.end, time.perf_counter() + NEVER)
             with torch.inference_mode():  # it may write into inference tensors
                 steps()
 

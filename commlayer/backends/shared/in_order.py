@@ -63,17 +63,17 @@ class InOrder:
         self._closing = False
 
     def run(self, action: Callable[[], None], tensors: Any) -> Work:
-        if self._comm.synchronous:
-            if not self._turn.acquire(blocking=False):
-                self._take_turn(self._end(None))
+        if self._comm.synchronous and not self._tasks and self._turn.acquire(blocking=False):
             try:
-                self._do_all(self._end(None))
                 self._do(action, self._end(None), True)
             finally:
                 self._turn.release()
             return _DONE
         task = Task(self, action, tensors)
         self._tasks.append(task)
+        if self._comm.synchronous:
+            self.wait_for(task, None)
+            return task
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="commlayer-shared", daemon=True)
             self._thread.start()
@@ -113,10 +113,6 @@ class InOrder:
         if time.perf_counter() > end:
             raise CommTimeout("shared memory: an operation before this one has not finished")
         self._comm.progress()
-
-    def _take_turn(self, end: float) -> None:
-        while not self._turn.acquire(timeout=LOOK):
-            self._look(end)
 
     def _serve(self) -> None:
         while not self._closing:
