@@ -264,7 +264,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     kernel.load.cache_clear()
 
 
-@pytest.mark.parametrize("compiler", ["/bin/false", "", "no-such-compiler -x", "/bin/true"])
+@pytest.mark.parametrize("compiler", ["/bin/false", "no-such-compiler -x", "/bin/true", "unclosed '"])
 def test_without_a_compiler_there_is_no_kernel_and_nothing_is_left(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
 ) -> None:
@@ -299,8 +299,10 @@ def found_in(folder: Path, data: bytes, mode: int) -> None:
 @needs_compiler
 def test_a_kernel_that_others_may_write_is_not_run(fresh: Path) -> None:
     assert LIBRARY is not None
-    found_in(fresh, Path(LIBRARY._name).read_bytes(), 0o777)
-    assert kernel.load() is None
+    found_in(fresh, b"somebody else's", 0o777)
+    assert kernel.load() is not None, "a new one, in its place"
+    (built,) = fresh.iterdir()
+    assert built.stat().st_mode & 0o022 == 0
 
 
 @needs_compiler
