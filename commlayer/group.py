@@ -265,7 +265,7 @@ class Group:
         found = self.flat.plan(request)
         if found.shared_from < math.inf and op.shape is not None:
             whole = math.prod(op.shape) * op.dtype.itemsize * (self.size if name in ("all_gather", "gather") else 1)
-            if layout == "uneven" or whole >= found.shared_from:
+            if (layout == "uneven" and name == "all_to_all") or whole >= found.shared_from:
                 return "shared memory"
         return found.fallback.name if found.fallback is not None else "native"
 

@@ -25,8 +25,8 @@ def empty_symmetric(
     Collectives of this very group then read and write it where it is, and so do those of contiguous parts of it; that
     is two to three times as fast as between ordinary tensors. Give the same shape and dtype on every rank, which
     all call this. Where ranks share no memory (on several hosts, on GPUs, under COMMLAYER_SHM=0) it is an ordinary
-    tensor on the group's device. Its memory is given back by the next
-    call of this once no rank uses its part any more, and with the group.
+    tensor on the group's device. Its memory is given back by the next call of this once no rank uses its part any
+    more, and with the group. A forked process that writes to it writes to its parent's.
 
     Raises ValueError, TypeError; CollectiveMismatch where ranks ask for different sizes.
     """

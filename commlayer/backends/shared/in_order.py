@@ -37,14 +37,14 @@ class Task(Work):
         super().__init__()
         self._queue = queue
         self.action, self.tensors = action, tensors
-        self.ended = threading.Event()
+        self.ended = False
         self.error: BaseException | None = None
 
     def done(self) -> bool:
-        return self.ended.is_set()
+        return self.ended
 
     def wait(self, timeout: float | None = None) -> Any:
-        if not self.ended.is_set():
+        if not self.ended:
             self._queue.wait_for(self, timeout)
         if self.error is not None:
             raise self.error
@@ -82,13 +82,13 @@ class InOrder:
 
     def wait_for(self, task: Task, timeout: float | None) -> None:
         end = self._end(timeout)
-        while not task.ended.is_set():
-            if self._turn.acquire(blocking=False):
+        while not task.ended:
+            if self._turn.acquire(timeout=LOOK):
                 try:
                     self._do_all(end, task)
                 finally:
                     self._turn.release()
-            elif not task.ended.wait(LOOK):
+            else:
                 self._look(end)
 
     def close(self, end: float) -> bool:
@@ -128,7 +128,7 @@ class InOrder:
 
     def _do_all(self, end: float, last: Task | None = None, progress: bool = True) -> None:
         """What is waiting, up to and with ``last``. The caller's turn."""
-        while self._tasks and not (last is not None and last.ended.is_set()):
+        while self._tasks and not (last is not None and last.ended):
             task = self._tasks[0]
             try:
                 self._do(task.action, end, progress)
@@ -139,7 +139,7 @@ class InOrder:
             finally:
                 self._tasks.popleft()
                 task.tensors = None
-                task.ended.set()
+                task.ended = True
 
     def _do(self, action: Callable[[], None], end: float, progress: bool) -> None:
         if self._broken is not None:

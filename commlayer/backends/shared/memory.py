@@ -61,6 +61,8 @@ def attach(told: bytes) -> Memory:
     process, number, size, nonce = told.decode().split()
     descriptor = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
     try:
+        if os.fstat(descriptor).st_size != PAGE + int(size):
+            raise OSError(f"/proc/{process}/fd/{number} is another file by now")
         found = Memory(descriptor, int(size))
     finally:
         os.close(descriptor)

@@ -7,6 +7,7 @@ import math
 import os
 import struct
 import weakref
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import torch
@@ -48,6 +49,9 @@ class Symmetric:
         self._rank, self._size = rank, size
         self._stretches: dict[int, _Stretch] = {}  # by their number, the same on all ranks
         self._made = 0
+        # Of this rank's parts, by address: where they begin, end, and their numbers. Never changed but replaced, since
+        # another thread may be looking.
+        self._parts: tuple[list[int], list[int], list[int]] = [], [], []
 
     def add(self, memory: Memory, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """This rank's part as a tensor; ``memory`` has ``space`` bytes."""
@@ -55,25 +59,28 @@ class Symmetric:
         stretch = _Stretch(memory, self._rank, self._size, _span(count * dtype.itemsize))
         self._stretches[self._made] = stretch
         self._made += 1
+        self._sort()
         part = (ctypes.c_char * max(count * dtype.itemsize, 1)).from_address(stretch.begin)
         end = weakref.finalize(part, stretch.drop)
         end.atexit = False
         if not count:
-            return torch.empty(tuple(shape), dtype=dtype)
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
         return torch.frombuffer(part, dtype=dtype, count=count).view(tuple(shape))
 
     def sweep(self) -> None:
         """Let go of what no rank uses any more."""
-        for number, stretch in list(self._stretches.items()):
-            if stretch.dropped():
-                del self._stretches[number]
+        self._stretches = {number: each for number, each in self._stretches.items() if not each.dropped()}
+        self._sort()
+
+    def _sort(self) -> None:
+        parts = sorted((stretch.begin, stretch.end, number) for number, stretch in self._stretches.items())
+        self._parts = [begin for begin, _, _ in parts], [end for _, end, _ in parts], [number for *_, number in parts]
 
     def place(self, address: int) -> tuple[int, int]:
         """The number of the buffer that this address of this rank is in, and how far into it; -1 for none."""
-        for number, stretch in list(self._stretches.items()):  # other threads may add
-            if stretch.begin <= address < stretch.end:
-                return number, address - stretch.begin
-        return _NOWHERE
+        begins, ends, numbers = self._parts
+        i = bisect_right(begins, address) - 1
+        return (numbers[i], address - begins[i]) if i >= 0 and address < ends[i] else _NOWHERE
 
     def address(self, rank: int, number: int, offset: int) -> int:
         """Where that is of another rank's, as this process maps it; 0 for nowhere."""
