@@ -96,8 +96,8 @@ def test_a_rank_killed_in_shared_memory_is_named(tmp_path: Path) -> None:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("COMMLAYER_", "PMI", "OMPI_"))}
     clean |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), "COMMLAYER_BACKEND": "mpi"}
     # By way of a shell, or hydra would see how the rank died, and now and then kill the others before they can speak.
-    rank = ["sh", "-c", '"$0" "$1"; true', sys.executable, str(tmp_path / "dying.py")]
-    command = [str(BIN / "mpiexec"), "-n", "3", *rank]
+    rank = ["sh", "-c", 'trap "" USR1; "$0" "$1"; true', sys.executable, str(tmp_path / "dying.py")]
+    command = [str(BIN / "mpiexec"), "-disable-auto-cleanup", "-n", "3", *rank]
     result = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=90, check=False)
     said = [line for line in result.stdout.splitlines() if line.startswith("said")]
     assert said == ["said True True"] * 2, result.stdout + result.stderr
