@@ -2,7 +2,7 @@
 
     mpiexec -n 2 python -m benchmarks.calibrate    # and -n 4, more ranks than cores; both also on gloo
 
-Each is a line over bytes, through two medians of interleaved rounds: of 64 bytes, and of 4 MiB. Run it where nothing
+Each is a line over bytes, through two medians of interleaved rounds: of 64 bytes, and of 16 MiB. Run it where nothing
 else runs; it replaces the entries of this backend, for as many ranks as were started, in the table.
 """
 
@@ -21,7 +21,7 @@ from commlayer import SUM, Group
 from commlayer.planner import CHANNELS
 from commlayer.work import Work
 
-SMALL, LARGE = 64, 1 << 22  # bytes of the whole vector
+SMALL, LARGE = 64, 1 << 24  # bytes of the whole vector
 ROUNDS, CALLS = 15, {SMALL: 20, LARGE: 3}
 
 

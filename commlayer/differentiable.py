@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from commlayer.errors import UnsupportedOperation
 from commlayer.recorder import Operation
+from commlayer.reduce_op import LINEAR, ReduceOp
 from commlayer.work import Work
 
 Tensor = torch.Tensor
@@ -54,7 +55,7 @@ def launch(
     return op.run(lambda: start(x), async_op)
 
 
-def check_gradient(name: str, x: Tensor, out: Tensor | None, differentiable: bool = True) -> None:
+def check_gradient(name: str, x: Tensor, out: Tensor | None, op: ReduceOp | None = None) -> None:
     """Refuse, before anything is communicated, what would lose a derivative."""
     if (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None) or is_wrapped(x):
         raise UnsupportedOperation(
@@ -62,8 +63,8 @@ def check_gradient(name: str, x: Tensor, out: Tensor | None, differentiable: boo
             "use backward(), and communicate outside of the transform"
         )
     if x.requires_grad and torch.is_grad_enabled():
-        if not differentiable:
-            raise UnsupportedOperation(f"{name} has no gradient, and x requires one; use x.detach() to go without")
+        if op is not None and op.name not in LINEAR:
+            raise UnsupportedOperation(f"{name} {op} has no gradient, and x requires one; use x.detach() to go without")
         if out is not None:
             raise ValueError(f"{name}: out= carries no gradient, and x requires one; leave out= away or detach x")
 

@@ -57,7 +57,7 @@ def all_reduce(
         check_out(out, x.shape, x, g)
 
     def start(x: Tensor) -> Started:
-        if (right := side_by_side(x, out)) is not None and x.numel():
+        if (right := side_by_side(x, out)) is not None:
             return right if out is None else _changed(out), g.flat.all_reduce(right, x, op)
         result, buffer, finish = _destination(x.shape, x, out, aliases=True)
         work = g.flat.all_reduce(buffer, flat(x), op) if x.numel() else Work()
@@ -68,7 +68,7 @@ def all_reduce(
             return premultiplied(all_reduce(grad, group=g), op)
         return all_reduce(grad, op, group=g)
 
-    check_gradient(f"all_reduce {op}", x, out, op.name in LINEAR)
+    check_gradient("all_reduce", x, out, op)
     call = g.watch.begin("all_reduce", x, op, (), timeout)
     return launch(call, x, async_op, start, adjoint if op.name in LINEAR else None)
 
@@ -112,7 +112,7 @@ def reduce(
             return premultiplied(full, op)
         return full / g.size if op.name == "avg" else full
 
-    check_gradient(f"reduce {op}", x, out, op.name in LINEAR)
+    check_gradient("reduce", x, out, op)
     call = g.watch.begin("reduce", x, op, (dst,), timeout)
     return _only_at_root(launch(call, x, async_op, start, adjoint if op.name in LINEAR else None), at_root, async_op)
 
@@ -232,7 +232,7 @@ def reduce_scatter(
             return premultiplied(full, op)
         return full / g.size if op.name == "avg" else full
 
-    check_gradient(f"reduce_scatter {op}", x, out, op.name in LINEAR)
+    check_gradient("reduce_scatter", x, out, op)
     call = g.watch.begin("reduce_scatter", x, op, (None, dim, sizes), timeout)
     return launch(call, x, async_op, start, adjoint if op.name in LINEAR else None)
 

@@ -23,12 +23,12 @@ def side_by_side(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | No
 
     That is a new tensor or ``out`` itself, either the same memory as ``x`` or apart from it; else None.
     """
-    if x.dim() != 1 or not x.is_contiguous() or x.is_neg() or x.is_conj() or x.stride(0) != 1:
+    if x.dim() != 1 or x.numel() < 2 or not x.is_contiguous() or x.is_neg() or x.is_conj():  # a single one: any stride
         return None
     if out is None:
         return torch.empty_like(x)
     if out is not x:
-        if not out.is_contiguous() or out.is_neg() or out.is_conj() or out.stride(0) != 1:
+        if not out.is_contiguous() or out.is_neg() or out.is_conj():
             return None
         ours, theirs, size = x.data_ptr(), out.data_ptr(), x.nbytes
         if not (ours == theirs or ours + size <= theirs or theirs + size <= ours):

@@ -64,7 +64,8 @@ class Hierarchy:
         self._comm, self._hosts, self._near, self._local, self._rail = comm, hosts, near, local, rail
         self._place = {rank: (h, place) for h, host in enumerate(hosts) for place, rank in enumerate(host)}
         self._queue = InOrder(comm, self)
-        self.end, self.progress = 0.0, True
+        self.end: float | None = None
+        self.progress = True
 
     def all_reduce(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp) -> Work:
         size, count = self._local.size, x.numel()
@@ -126,7 +127,8 @@ class Hierarchy:
 
     def _run(self, steps: Callable[[], None], tensors: Any) -> Work:
         def action() -> None:
-            self._near.end = min(self.end, time.perf_counter() + NEVER)
+            now = time.perf_counter()
+            self._near.end = now + self._comm.limit(None) if self.end is None else min(self.end, now + NEVER)
             with torch.inference_mode():  # it may write into inference tensors
                 steps()
 

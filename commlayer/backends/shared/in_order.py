@@ -13,8 +13,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
-
 from commlayer.backends.shared.ranks import Ranks
 from commlayer.errors import CommError, CommTimeout
 from commlayer.work import Work
@@ -26,7 +24,7 @@ _DONE = Work()
 class UnderWay(Protocol):
     """Who is told the limits of each operation."""
 
-    end: float  # by time.perf_counter()
+    end: float | None  # by time.perf_counter()
     progress: bool  # whether this thread may call the backend
 
 
@@ -65,7 +63,7 @@ class InOrder:
     def run(self, action: Callable[[], None], tensors: Any) -> Work:
         if self._comm.synchronous and not self._tasks and self._turn.acquire(blocking=False):
             try:
-                self._do(action, self._end(None), True)
+                self._do(action, None, True)
             finally:
                 self._turn.release()
             return _DONE
@@ -141,14 +139,13 @@ class InOrder:
                 task.tensors = None
                 task.ended = True
 
-    def _do(self, action: Callable[[], None], end: float, progress: bool) -> None:
+    def _do(self, action: Callable[[], None], end: float | None, progress: bool) -> None:
         if self._broken is not None:
             raise self._broken
         assert self._under_way is not None
         self._under_way.end, self._under_way.progress = end, progress
         try:
-            with torch.no_grad():
-                action()
+            action()
         except BaseException as error:
             # Half of it may have been done: the ranks are no longer at the same place.
             self._broken = self._comm.failure or (error if isinstance(error, CommError) else CommError(repr(error)))

@@ -50,9 +50,8 @@ def load() -> Any | None:
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
     library.meet.argtypes = (ctypes.c_void_p, *(ctypes.c_int,) * 2, ctypes.c_uint32, *(ctypes.c_int64,) * 2)
-    pointers = ctypes.POINTER(ctypes.c_void_p)
     library.add_up.argtypes = (
-        *(pointers, ctypes.c_int) * 2,
+        *(ctypes.c_void_p, ctypes.c_int) * 2,
         ctypes.c_size_t,
         ctypes.c_int,
         ctypes.c_double,

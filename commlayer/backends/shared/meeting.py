@@ -47,17 +47,19 @@ class Meeting:
             self._steps = [ctypes.c_uint32.from_address(address + LINE * other) for other in range(size)]
             self._once = self._meet
 
-    def meet(self, end: float, progress: bool) -> None:
-        """Wait for all others, until ``end`` by time.perf_counter(). Raises why the group is broken, or CommTimeout.
+    def meet(self, end: float | None, progress: bool) -> None:
+        """Wait for all others, until ``end`` by time.perf_counter(), None for the ranks' own limit.
 
-        ``progress``: whether this thread may call the backend.
+        ``progress``: whether this thread may call the backend. Raises why the group is broken, or CommTimeout.
         """
         step = self._step = (self._step + 1) & 0xFFFFFFFF
         if self._once(step, self._spin, PATIENCE):
             self._wait(step, end, progress)
 
-    def _wait(self, step: int, end: float, progress: bool) -> None:
+    def _wait(self, step: int, end: float | None, progress: bool) -> None:
         comm = self._comm
+        if end is None:
+            end = time.perf_counter() + comm.limit(None)
         while True:
             if comm.failure is not None:
                 raise comm.failure

@@ -31,7 +31,7 @@ from commlayer.errors import CollectiveMismatch
 HALF, HALF_CROWDED = 1 << 20, 1 << 21
 SMALL = 1 << 16  # bytes, of all ranks together, up to which each reduces all of it by itself: one meeting less
 
-_NOTE = struct.Struct("8q")
+_NOTE = struct.Struct("7q")  # what it calls and how many bytes, the longest block, its places of input and output
 Copy = Callable[[int, int, int], Any]  # to an address, from an address, so many bytes
 _copy: Copy = ctypes.memmove
 LARGE = 1 << 23  # bytes from which on what is moved does not stay in the caches
@@ -40,14 +40,12 @@ LARGE = 1 << 23  # bytes from which on what is moved does not stay in the caches
 Block = tuple[int, int]  # address and bytes
 
 
-class Note(NamedTuple):
-    """What a rank tells of its operation; addresses are as this process maps them."""
+class Notes(NamedTuple):
+    """What every rank has told of its operation, by rank; addresses are as this process maps them."""
 
-    call: int  # a number for what it calls
-    size: int  # bytes, the same on all ranks
-    longest: int  # of the blocks that it stages, in bytes
-    source: int  # of its input, 0 where that is staged
-    target: int  # of its output, 0 where that is no symmetric tensor
+    longest: list[int]  # bytes, of the blocks that it stages
+    sources: list[int]  # where its input is, 0 where that is staged
+    targets: list[int]  # where its output is, 0 where that is no symmetric tensor
 
 
 def space(size: int, half: int) -> int:
@@ -77,10 +75,11 @@ class Rounds:
         notes = (ctypes.c_char * (2 * self.size * self._row)).from_address(memory.address + LINE * self.size)
         self._notes = memoryview(notes).cast("B")
         self._slots = [memory.address + _slots(self.size) + rank * 4 * half for rank in range(self.size)]
+        self._places = [[(2 * rank + half) * self._row for rank in range(self.size)] for half in (0, 1)]
         self._copy_past = copy_past or _copy
         self._turn = 0  # of the halves of slots
         self._calls = 0  # of the halves of notes
-        self.end = 0.0  # of the operation under way, by time.perf_counter()
+        self.end: float | None = None  # of the operation under way, by time.perf_counter(); None: as the ranks limit it
         self.progress = True  # whether the thread in here may call the backend
 
     def meet(self) -> None:
@@ -119,18 +118,19 @@ class Rounds:
         if not direct:
             stage(0)
         self.meet()
-        notes = self._read()
+        notes = self._read(call, size)
         incoming = [self._block_for_me(rank, receives[rank][1]) if mine is None else mine for rank in range(self.size)]
         place = self._copy_past if sum(length for _, length in receives) >= LARGE else _copy
         if receives[self.rank][1] and receives[self.rank][0] != sends[self.rank][0]:
             place(receives[self.rank][0], *sends[self.rank])
-        rounds = max([1, *(-(-note.longest // window) for note in notes if not note.source)])
+        staged = [longest for longest, source in zip(notes.longest, notes.sources, strict=True) if not source]
+        rounds = max([1, *(-(-longest // window) for longest in staged)])
         for k in range(rounds):
             if k + 1 < rounds and not direct:
                 stage(k + 1)
             for rank in others:
                 address, length = receives[rank]
-                source = notes[rank].source
+                source = notes.sources[rank]
                 if source and k == 0 and length:
                     place(address, source + incoming[rank], length)
                 here = min(window, length - k * window)
@@ -140,7 +140,7 @@ class Rounds:
             if k + 1 < rounds:
                 self.meet()
         self._turn += rounds
-        if any(note.source for note in notes):
+        if any(notes.sources):
             self.meet()
 
     def reduce_small(self, call: int, size: int, x: int, out: int, add: Sum) -> None:
@@ -148,7 +148,7 @@ class Rounds:
         self._write(call, size, 0, 0, 0, ())
         _copy(self._half_of(self.rank, self._turn), x, size)
         self.meet()
-        self._read()
+        self._read(call, size)
         if out:
             add([out], [x if r == self.rank else self._half_of(r, self._turn) for r in range(self.size)], size)
         self._turn += 1
@@ -177,12 +177,12 @@ class Rounds:
         if not direct:
             stage(0, step)
         self.meet()
-        notes = self._read()
+        notes = self._read(call, size)
         # Where the sums of this rank go: to its own output, and to the others' or where they fetch them.
-        targets = [notes[r].target for r in takers] if takers is not None else []
+        targets = [notes.targets[r] for r in takers] if takers is not None else []
         straight = all(targets)
         results = takers is not None and not straight
-        whole = not results and all(note.source for note in notes)
+        whole = not results and all(notes.sources)
         window = max(*lengths, 64) if whole else step
         rounds = max(1, -(-max(lengths) // window))
         for k in range(rounds + results):
@@ -190,14 +190,11 @@ class Rounds:
                 stage(k + 1, window)
             at, here = bounds[rank] + k * window, min(window, lengths[rank] - k * window)
             if k < rounds and here > 0:
+                staged = [self._half_of(r, self._turn + k) + rank * window for r in ranks]
                 sources = [
-                    x + at
-                    if r == rank
-                    else notes[r].source + at
-                    if notes[r].source
-                    else self._half_of(r, self._turn + k) + rank * window
-                    for r in ranks
+                    direct + at if direct else other for direct, other in zip(notes.sources, staged, strict=True)
                 ]
+                sources[rank] = x + at
                 if takers is None:
                     add([out + k * window], sources, here)
                 elif straight:
@@ -212,7 +209,7 @@ class Rounds:
             if k + 1 < rounds + results:
                 self.meet()
         self._turn += rounds
-        if any(note.source for note in notes) or (straight and targets):
+        if any(notes.sources) or (straight and targets):
             self.meet()
 
     def _half_of(self, rank: int, turn: int) -> int:
@@ -226,35 +223,31 @@ class Rounds:
     def _write(self, call: int, size: int, longest: int, x: int, out: int, blocks: Sequence[Block]) -> bool:
         """Whether the others can read ``x`` where it is. ``blocks``: what goes to each rank, where they cannot know."""
         self._calls ^= 1
-        at = (2 * self.rank + self._calls) * self._row
+        at = self._places[self._calls][self.rank]
         source, target = self._symmetric.place(x), self._symmetric.place(out)
-        _NOTE.pack_into(self._notes, at, call, size, longest, *source, *target, 0)
+        _NOTE.pack_into(self._notes, at, call, size, longest, *source, *target)
         if blocks:
             values = [number for address, length in blocks for number in (length, address - x)]
             struct.pack_into(f"{len(values)}q", self._notes, at + _NOTE.size, *values)
         return source[0] >= 0
 
-    def _read(self) -> list[Note]:
+    def _read(self, call: int, size: int) -> Notes:
         """Everybody's, after the first meeting. Raises CollectiveMismatch."""
-        notes = []
-        for rank in range(self.size):
-            at = (2 * rank + self._calls) * self._row
-            call, size, longest, *places, _ = _NOTE.unpack_from(self._notes, at)
-            source = self._symmetric.address(rank, *places[:2])
-            notes.append(Note(call, size, longest, source, self._symmetric.address(rank, *places[2:])))
-        mine = notes[self.rank]
-        for rank, note in enumerate(notes):
-            if note.call != mine.call:
+        notes = Notes([], [], [])
+        for rank, at in enumerate(self._places[self._calls]):
+            called, brought, longest, source, source_at, target, target_at = _NOTE.unpack_from(self._notes, at)
+            if called != call:
                 raise CollectiveMismatch(f"rank {rank} of this host called something else than rank {self.rank}")
-            if note.size != mine.size:
-                raise CollectiveMismatch(
-                    f"rank {rank} of this host brought {note.size} bytes, rank {self.rank} {mine.size}"
-                )
+            if brought != size:
+                raise CollectiveMismatch(f"rank {rank} of this host brought {brought} bytes, rank {self.rank} {size}")
+            notes.longest.append(longest)
+            notes.sources.append(self._symmetric.address(rank, source, source_at) if source >= 0 else 0)
+            notes.targets.append(self._symmetric.address(rank, target, target_at) if target >= 0 else 0)
         return notes
 
     def _block_for_me(self, rank: int, expected: int) -> int:
         """Where it is in that rank's input, in bytes."""
-        at = (2 * rank + self._calls) * self._row + _NOTE.size + 16 * self.rank
+        at = self._places[self._calls][rank] + _NOTE.size + 16 * self.rank
         length, offset = struct.unpack_from("2q", self._notes, at)
         if length != expected:
             raise CollectiveMismatch(

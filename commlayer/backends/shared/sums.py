@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -31,12 +31,18 @@ def reducer(library: Any | None, op: str, dtype: torch.dtype) -> Sum:
 
     def compiled(to: Sequence[int], source: Sequence[int], size: int) -> None:
         tos, froms = len(to), len(source)
-        targets, sources = (ctypes.c_void_p * tos)(*to), (ctypes.c_void_p * froms)(*source)
+        targets, sources = _pointers(tos)(*to), _pointers(froms)(*source)
         add_up(targets, tos, sources, froms, size // itemsize, kind, float(froms) if mean else 1.0)
 
     return compiled
 
 
+@cache
+def _pointers(count: int) -> type[ctypes.Array[ctypes.c_void_p]]:
+    return ctypes.c_void_p * count
+
+
+@torch.no_grad()
 def _by_torch(op: str, dtype: torch.dtype, to: Sequence[int], source: Sequence[int], size: int) -> None:
     for start in range(0, size, BLOCK):
         here = min(BLOCK, size - start)

@@ -79,13 +79,13 @@ class Symmetric:
     def place(self, address: int) -> tuple[int, int]:
         """The number of the buffer that this address of this rank is in, and how far into it; -1 for none."""
         begins, ends, numbers = self._parts
+        if not begins:
+            return _NOWHERE
         i = bisect_right(begins, address) - 1
         return (numbers[i], address - begins[i]) if i >= 0 and address < ends[i] else _NOWHERE
 
     def address(self, rank: int, number: int, offset: int) -> int:
-        """Where that is of another rank's, as this process maps it; 0 for nowhere."""
-        if number < 0:
-            return 0
+        """Where that is of another rank's, as this process maps it."""
         stretch = self._stretches[number]
         return stretch.parts + rank * stretch.span + offset
 
