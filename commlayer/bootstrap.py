@@ -21,7 +21,6 @@ from commlayer.settings import Settings
 # Backends whose shipped profile the test suite proves; a replayed profile narrows it. For the others a replayed
 # profile is all there is, and without one they are probed.
 TRUSTED = frozenset({"gloo", "mpi", "nccl"})
-SHARING = frozenset({"gloo", "mpi"})  # whose tensors are on the CPU, and whose ranks are processes
 
 
 _NEEDS = {
@@ -161,7 +160,7 @@ def capabilities(comm: Communicator, settings: Settings) -> CapabilitySet:
 
 def hosts(comm: Communicator, settings: Settings) -> shared.Hosts | None:
     """Which ranks can share memory; None where none can or shall: a replayed profile takes its machine's paths."""
-    if comm.size == 1 or comm.name not in SHARING:
+    if comm.size == 1 or comm.name not in shared.SHARING:
         return None
     return shared.survey(comm, wanted=settings.shm and settings.profile is None)
 

@@ -14,7 +14,7 @@ import torch
 
 from commlayer import near
 from commlayer.backends.base import Communicator
-from commlayer.backends.shared import Hosts, Shared
+from commlayer.backends.shared import SHARING, Hosts, Shared
 from commlayer.backends.single import Single
 from commlayer.capability import EVERYTHING, OPS, REDUCING, SPLITTABLE, CapabilitySet, Request
 from commlayer.control.seat import Seat
@@ -202,7 +202,7 @@ class Group:
         """
         if len(ranks) > 1:
             comm.seat = self._seat(ranks)
-        hosts = self._hosts if comm.name in ("gloo", "mpi") else None
+        hosts = self._hosts if comm.name in SHARING else None
         child = Group(comm, ranks, capabilities(), self._policy, dog=self.watch.dog, hosts=hosts)
         self._children.append(child)
         return child

@@ -347,7 +347,7 @@ def test_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("disable", "plan", "sent"),  # by rank 0, which has 3 rows of 8 bytes to send, and by rank 1, which has 5
     [
-        ("", "native", [2 * 8, 5 * 8]),
+        ("", "shared memory", [2 * 8, 5 * 8]),
         ("all_to_all", "pairwise", [2 * 8, 5 * 8]),
         ("all_to_all,send,recv,broadcast,all_reduce", "padded_all_gather", [2 * 5 * 8 + 2 * 8] * 2),
     ],

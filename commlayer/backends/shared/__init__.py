@@ -15,6 +15,8 @@ from commlayer.backends.shared.ranks import Ranks
 from commlayer.backends.shared.rounds import HALF, HALF_CROWDED, Rounds, space
 from commlayer.backends.shared.symmetric import Symmetric
 
+SHARING = frozenset({"gloo", "mpi"})  # backends whose tensors are on the CPU, and whose ranks are processes
+
 
 @dataclass(frozen=True)
 class Hosts:
