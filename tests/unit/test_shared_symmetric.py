@@ -50,7 +50,6 @@ def test_what_is_not_symmetric_has_no_place(ranks: list[Symmetric]) -> None:
     for address in (0, torch.ones(5).data_ptr(), theirs.data_ptr(), mine.data_ptr() - 1):
         number, _ = ranks[0].place(address)
         assert number < 0
-        assert ranks[1].address(0, number, 0) == 0
     stretch = next(iter(ranks[1]._stretches.values()))
     assert ranks[1].place(stretch.end)[0] < 0  # the first byte after it
     assert ranks[1].place(stretch.end - 1)[0] >= 0

@@ -191,9 +191,7 @@ class Rounds:
             at, here = bounds[rank] + k * window, min(window, lengths[rank] - k * window)
             if k < rounds and here > 0:
                 staged = [self._half_of(r, self._turn + k) + rank * window for r in ranks]
-                sources = [
-                    direct + at if direct else other for direct, other in zip(notes.sources, staged, strict=True)
-                ]
+                sources = [start + at if start else half for start, half in zip(notes.sources, staged, strict=True)]
                 sources[rank] = x + at
                 if takers is None:
                     add([out + k * window], sources, here)
