@@ -59,7 +59,16 @@ def destination(
         return result, line(result), None
     moved = (*shape[dim : dim + 1], *shape[:dim], *shape[dim + 1 :])
     buffer = x.new_empty(moved)
-    return result, line(buffer), lambda: result.copy_(buffer.movedim(0, dim) if dim else buffer)
+
+    def finish() -> None:
+        if buffer.device.type not in (
+            "cpu",
+            "meta",
+        ):  # whoever waits may be on another stream than the one it was allocated on
+            buffer.record_stream(torch.accelerator.current_stream(buffer.device))
+        result.copy_(buffer.movedim(0, dim) if dim else buffer)
+
+    return result, line(buffer), finish
 
 
 def is_part(x: torch.Tensor, out: torch.Tensor, rank: int) -> bool:

@@ -15,6 +15,23 @@ from commlayer.reduce_op import ORDERED, ReduceOp
 from commlayer.work import Work
 
 
+class _Queued(Work):
+    """Copies that an accelerator's stream does; a wait orders the stream that is current then after them."""
+
+    __slots__ = ("_device", "_event")
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._event = torch.accelerator.current_stream(device).record_event()
+
+    def done(self) -> bool:
+        return self._event.query()
+
+    def wait(self, timeout: float | None = None) -> None:
+        torch.accelerator.current_stream(self._device).wait_event(self._event)
+
+
 class Single(Communicator):
     """One rank alone. A message to oneself must be sent before it is received."""
 
@@ -34,7 +51,7 @@ class Single(Communicator):
             out.copy_(combine([x], op.name))  # the canonical NaN, as elsewhere
         elif out is not x:
             out.copy_(x)
-        return Work()
+        return self._copied()
 
     def reduce(self, out: torch.Tensor | None, x: torch.Tensor, op: ReduceOp, dst: int) -> Work:
         assert out is not None
@@ -45,24 +62,24 @@ class Single(Communicator):
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor, counts: Counts) -> Work:
         out.copy_(x)
-        return Work()
+        return self._copied()
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor, op: ReduceOp, counts: Counts) -> Work:
         return self.all_reduce(out, x, op)
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor, out_counts: Counts, in_counts: Counts) -> Work:
         out.copy_(x)
-        return Work()
+        return self._copied()
 
     def gather(self, out: torch.Tensor | None, x: torch.Tensor, dst: int, counts: Counts) -> Work:
         assert out is not None
         out.copy_(x)
-        return Work()
+        return self._copied()
 
     def scatter(self, out: torch.Tensor, x: torch.Tensor | None, src: int, counts: Counts) -> Work:
         assert x is not None
         out.copy_(x)
-        return Work()
+        return self._copied()
 
     def send(self, x: torch.Tensor, dst: int, tag: int) -> Work:
         self._mail[tag].append(x.clone())
@@ -88,6 +105,9 @@ class Single(Communicator):
         return Work()
 
     post, fetch = send, recv
+
+    def _copied(self) -> Work:
+        return Work() if self.device.type in ("cpu", "meta") else _Queued(self.device)
 
     def barrier(self) -> Work:
         return Work()
