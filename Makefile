@@ -32,8 +32,9 @@ test-unit: $(BIN)/.ready
 # The same tests on each backend, with shared memory and without, and under profiles of backends that are not here.
 test-spmd: $(BIN)/.ready
 	COMMLAYER_BACKEND=mpi $(MPIEXEC)
-	COMMLAYER_BACKEND=gloo $(TORCHRUN)
+	COMMLAYER_BACKEND=gloo $(MPIEXEC)
 	COMMLAYER_SHM=0 COMMLAYER_BACKEND=mpi $(MPIEXEC)
+	COMMLAYER_SHM=0 COMMLAYER_BACKEND=gloo $(TORCHRUN)
 	for profile in xccl-2.7 only-send-recv only-all-reduce; do \
 	  COMMLAYER_BACKEND=gloo COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; \
 	done
@@ -46,7 +47,7 @@ test-faults: $(BIN)/.ready
 # Also more examples, every other profile, other numbers of ranks (the ViT on every grid of eight), and Open MPI.
 test-all: test test-openmpi test-torch-programs test-torchtitan
 	COMMLAYER_TEST_EXAMPLES=8000 $(BIN)/python -m pytest -q tests/unit/test_properties.py
-	COMMLAYER_SHM=0 COMMLAYER_BACKEND=gloo $(MPIEXEC)
+	COMMLAYER_BACKEND=gloo $(TORCHRUN)
 	for profile in xccl-2.7 only-all-reduce; do COMMLAYER_BACKEND=mpi COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; done
 	for profile in xccl-2.8 xccl-2.11 xccl-2.13 nccl-2.27; do \
 	  COMMLAYER_BACKEND=gloo COMMLAYER_PROFILE=$$profile $(MPIEXEC) || exit 1; \
